@@ -1,0 +1,44 @@
+-- Group roles, one for each job. Grant them to your login roles: GRANT outbox_writer TO shop_app;
+
+DO $$
+DECLARE
+    wanted text;
+BEGIN
+    FOREACH wanted IN ARRAY ARRAY['outbox_writer', 'outbox_relay', 'outbox_pruner'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
+            BEGIN
+                EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
+            EXCEPTION
+                WHEN duplicate_object OR unique_violation THEN
+                    NULL;  -- another database of this cluster is being migrated at the same moment
+                WHEN insufficient_privilege THEN
+                    RAISE insufficient_privilege USING
+                        MESSAGE = format('role %I does not exist and %I may not create it', wanted, current_user),
+                        HINT = format('Let an administrator run: CREATE ROLE %I NOLOGIN;', wanted);
+            END;
+        END IF;
+    END LOOP;
+END
+$$;
+
+DO $$
+BEGIN
+    EXECUTE format('GRANT USAGE ON SCHEMA %I TO outbox_writer, outbox_relay, outbox_pruner', current_schema());
+END
+$$;
+
+-- Writers insert a message and nothing else: no number, no state, no transaction id of their own choice.
+GRANT INSERT (message_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, headers, created_at)
+    ON outbox TO outbox_writer;
+
+-- The relay reads messages and writes their state. DELETE is for settle = delete.
+GRANT SELECT, DELETE ON outbox TO outbox_relay;
+GRANT UPDATE (published_at, parked_at, parked_reason) ON outbox TO outbox_relay;
+GRANT SELECT ON SEQUENCE outbox_sequence_no_seq TO outbox_relay;
+GRANT SELECT ON outbox_shard TO outbox_relay;
+GRANT UPDATE (generation) ON outbox_shard TO outbox_relay;
+GRANT SELECT, INSERT, DELETE ON outbox_unordered TO outbox_relay;
+
+-- The pruner removes published rows by age.
+GRANT SELECT, DELETE ON outbox TO outbox_pruner;
+GRANT SELECT, DELETE ON outbox_unordered TO outbox_pruner;
