@@ -6,6 +6,7 @@ Every error this project raises on purpose.
     |   +-- SchemaMismatch      the tables are missing, older or newer than this code
     +-- DependencyUnavailable   it works again by itself once the other side is back
     |   +-- DatabaseUnavailable
+    |   +-- DatabaseConflict    a lock, a deadlock or a time-out rolled the transaction back
     |   +-- KafkaUnavailable
     +-- MigrationError          a migration could not be applied
 """
@@ -31,6 +32,10 @@ class DependencyUnavailable(OutboxRelayError):
 
 class DatabaseUnavailable(DependencyUnavailable):
     """The connection to PostgreSQL broke or cannot be made; whatever was open is rolled back."""
+
+
+class DatabaseConflict(DependencyUnavailable):
+    """A lock, a deadlock or a time-out rolled the transaction back; the connection is still good."""
 
 
 class KafkaUnavailable(DependencyUnavailable):

@@ -20,7 +20,8 @@ CREATE TABLE outbox (
     shard          smallint GENERATED ALWAYS AS (hashtextextended(aggregate_type || ':' || aggregate_id, 0) & 15) STORED,
     CONSTRAINT outbox_pkey PRIMARY KEY (id),
     CONSTRAINT outbox_one_payload_check CHECK (num_nonnulls(payload, payload_bytes) <= 1),
-    CONSTRAINT outbox_headers_object_check CHECK (jsonb_typeof(headers) = 'object')
+    CONSTRAINT outbox_headers_object_check CHECK (jsonb_typeof(headers) = 'object'),
+    CONSTRAINT outbox_created_at_check CHECK (isfinite(created_at))
 );
 
 -- Uncompressed, so that the size of a payload is known without reading it: the relay bounds a batch by bytes.

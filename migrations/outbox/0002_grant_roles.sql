@@ -39,6 +39,15 @@ GRANT SELECT ON outbox_shard TO outbox_relay;
 GRANT UPDATE (generation) ON outbox_shard TO outbox_relay;
 GRANT SELECT, INSERT, DELETE ON outbox_unordered TO outbox_relay;
 
+-- At its start the relay compares the applied migrations with its own. Other tools than our runner keep no such table.
+DO $$
+BEGIN
+    IF to_regclass('outbox_relay_migration') IS NOT NULL THEN
+        GRANT SELECT ON outbox_relay_migration TO outbox_relay;
+    END IF;
+END
+$$;
+
 -- The pruner removes published rows by age.
 GRANT SELECT, DELETE ON outbox TO outbox_pruner;
 GRANT SELECT, DELETE ON outbox_unordered TO outbox_pruner;

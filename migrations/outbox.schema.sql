@@ -1,0 +1,117 @@
+CREATE SCHEMA app;
+
+CREATE TABLE app.outbox (
+    id bigint NOT NULL,
+    message_id uuid DEFAULT gen_random_uuid() NOT NULL,
+    aggregate_type text NOT NULL,
+    aggregate_id text NOT NULL,
+    event_type text NOT NULL,
+    payload jsonb,
+    payload_bytes bytea,
+    headers jsonb DEFAULT '{}'::jsonb NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    published_at timestamp with time zone,
+    parked_at timestamp with time zone,
+    parked_reason text,
+    transaction_id xid8 DEFAULT pg_current_xact_id() NOT NULL,
+    sequence_no bigint NOT NULL,
+    shard smallint GENERATED ALWAYS AS ((hashtextextended(((aggregate_type || ':'::text) || aggregate_id), (0)::bigint) & (15)::bigint)) STORED,
+    CONSTRAINT outbox_created_at_check CHECK (isfinite(created_at)),
+    CONSTRAINT outbox_headers_object_check CHECK ((jsonb_typeof(headers) = 'object'::text)),
+    CONSTRAINT outbox_one_payload_check CHECK ((num_nonnulls(payload, payload_bytes) <= 1))
+)
+WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_insert_scale_factor='0.1', autovacuum_analyze_scale_factor='0.05', autovacuum_analyze_threshold='10000', autovacuum_vacuum_cost_delay='1');
+ALTER TABLE ONLY app.outbox ALTER COLUMN payload SET STORAGE EXTERNAL;
+ALTER TABLE ONLY app.outbox ALTER COLUMN payload_bytes SET STORAGE EXTERNAL;
+
+ALTER TABLE app.outbox ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME app.outbox_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE app.outbox_relay_migration (
+    line text NOT NULL,
+    version integer NOT NULL,
+    name text NOT NULL,
+    applied_at timestamp with time zone DEFAULT now() NOT NULL
+);
+
+ALTER TABLE app.outbox ALTER COLUMN sequence_no ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME app.outbox_sequence_no_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE app.outbox_shard (
+    shard smallint NOT NULL,
+    generation bigint DEFAULT 0 NOT NULL
+);
+
+CREATE TABLE app.outbox_unordered (
+    transaction_id xid8 NOT NULL,
+    recorded_at timestamp with time zone DEFAULT now() NOT NULL
+);
+
+ALTER TABLE ONLY app.outbox
+    ADD CONSTRAINT outbox_pkey PRIMARY KEY (id);
+
+ALTER TABLE ONLY app.outbox_relay_migration
+    ADD CONSTRAINT outbox_relay_migration_pkey PRIMARY KEY (line, version);
+
+ALTER TABLE ONLY app.outbox_shard
+    ADD CONSTRAINT outbox_shard_pkey PRIMARY KEY (shard);
+
+ALTER TABLE ONLY app.outbox_unordered
+    ADD CONSTRAINT outbox_unordered_pkey PRIMARY KEY (transaction_id);
+
+CREATE INDEX outbox_parked_idx ON app.outbox USING btree (shard, aggregate_type, aggregate_id, sequence_no) WHERE (parked_at IS NOT NULL);
+
+CREATE INDEX outbox_unpublished_idx ON app.outbox USING btree (shard, sequence_no) WHERE ((published_at IS NULL) AND (parked_at IS NULL));
+
+GRANT USAGE ON SCHEMA app TO outbox_writer;
+GRANT USAGE ON SCHEMA app TO outbox_relay;
+GRANT USAGE ON SCHEMA app TO outbox_pruner;
+
+GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_relay;
+GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_pruner;
+
+GRANT INSERT(message_id) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(aggregate_type) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(aggregate_id) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(event_type) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(payload) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(payload_bytes) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(headers) ON TABLE app.outbox TO outbox_writer;
+
+GRANT INSERT(created_at) ON TABLE app.outbox TO outbox_writer;
+
+GRANT UPDATE(published_at) ON TABLE app.outbox TO outbox_relay;
+
+GRANT UPDATE(parked_at) ON TABLE app.outbox TO outbox_relay;
+
+GRANT UPDATE(parked_reason) ON TABLE app.outbox TO outbox_relay;
+
+GRANT SELECT ON TABLE app.outbox_relay_migration TO outbox_relay;
+
+GRANT SELECT ON SEQUENCE app.outbox_sequence_no_seq TO outbox_relay;
+
+GRANT SELECT ON TABLE app.outbox_shard TO outbox_relay;
+
+GRANT UPDATE(generation) ON TABLE app.outbox_shard TO outbox_relay;
+
+GRANT SELECT,INSERT,DELETE ON TABLE app.outbox_unordered TO outbox_relay;
+GRANT SELECT,DELETE ON TABLE app.outbox_unordered TO outbox_pruner;
+

@@ -1,0 +1,258 @@
+"""The settings as one model: names, defaults, limits, and the rules between them."""
+
+from __future__ import annotations
+
+import re
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from outbox_relay.config import kafka
+from outbox_relay.config.kafka import ProducerSetting
+from outbox_relay.config.names import PREFIX, env_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TOPIC_CHARACTERS = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+_SHARDS = 16
+
+
+def _topic(name: str) -> str:
+    if not _TOPIC_CHARACTERS.fullmatch(name) or name in {".", ".."}:
+        raise ValueError(f"{name!r} is no topic name: use 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+    return name
+
+
+def _topic_template(template: str) -> str:
+    try:
+        placeholders = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        example = template.format(aggregate_type="a")
+    except (ValueError, KeyError, IndexError, AttributeError):
+        placeholders, example = [""], ""
+    if set(placeholders) - {"aggregate_type"}:
+        raise ValueError(f"{template!r} is no topic template: its only placeholder is {{aggregate_type}}")
+    _topic(example)
+    return template
+
+
+def _connection_string(url: SecretStr) -> SecretStr:
+    try:
+        conninfo_to_dict(url.get_secret_value())
+    except psycopg.ProgrammingError:
+        # The driver's words quote the text, and with it perhaps a password.
+        raise ValueError(
+            "not a connection string: write postgresql://user@host/database or host=... dbname=...; "
+            "the value is not shown because it may hold a password"
+        ) from None
+    return url
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+Topic = Annotated[str, AfterValidator(_topic)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """
+    What the daemon is told.
+
+    Made from its arguments alone; `load` collects them from the environment and the files.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_prefix_target="all",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+    )
+
+    database_url: Annotated[SecretStr, AfterValidator(_connection_string)] = SecretStr("")
+    """Connection string of the database that holds the outbox, as URL or `key=value`. Empty: libpq decides, from `PG*`
+    variables, the service file and the password file."""
+
+    schema_name: Annotated[str, Field(alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = "public"
+    """Schema of the outbox tables, a plain lower-case identifier. Another one than the migrations were applied to: the
+    relay refuses to start."""
+
+    kafka: Annotated[dict[str, ProducerSetting], Field(repr=False)] = {}
+    """librdkafka properties: `OUTBOX_RELAY_KAFKA__LINGER_MS=5`, or in TOML `[kafka]` with `"linger.ms" = 5`. Only
+    `bootstrap.servers` is needed."""
+
+    topic_template: Annotated[str, AfterValidator(_topic_template)] = "{aggregate_type}.events"
+    """Topic of a message; `{aggregate_type}` is filled in. Changed on a running system: consumers must read the old and
+    the new topics, and order between the two is lost."""
+
+    topic_map: dict[str, Topic] = {}
+    """Topics of single aggregate types, instead of the template; JSON in the environment: `{"order": "sales.orders"}`."""
+
+    allowed_topics: frozenset[Topic] = frozenset()
+    """The only topics the relay may write to; JSON in the environment. A message for any other is parked. Empty: every
+    topic that the template and the map make."""
+
+    source: str = ""
+    """Header `source` of every message, by which consumers tell outboxes apart. Empty: `<database>.<schema>`. Change it
+    after a restore to an earlier point in time, or consumers that deduplicate by sequence drop new messages."""
+
+    lanes: Annotated[int, Field(ge=1, le=_SHARDS)] = 2
+    """Threads that publish, each with a connection and a producer; 16 shards are shared among them. More: more
+    connections and memory, and little speed beyond the cores at hand."""
+
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 5_000
+    """Rows claimed at once by a lane. More: more memory and more duplicates after a crash. Fewer: less throughput."""
+
+    batch_bytes: Annotated[ByteSize, Field(ge=1_024)] = ByteSize(8 * 1024 * 1024)
+    """Bytes claimed at once by a lane, e.g. `8MiB`; one row is always taken. More: more memory. Fewer: less throughput."""
+
+    poll_interval: Annotated[float, Field(ge=0.002, allow_inf_nan=False)] = 0.005
+    """Seconds between polls while messages arrive. More: later delivery. Less: more processor time and round trips."""
+
+    idle_poll_interval: Seconds = 0.1
+    """Seconds between polls after a time without messages. More: later delivery of the first message. Less: more work
+    while idle."""
+
+    sweep_interval: Seconds = 5.0
+    """Seconds between searches for rows left behind. More: such rows, rare as they are, arrive later. Less: more reading
+    of dead index entries."""
+
+    settle: Literal["mark", "delete"] = "mark"
+    """What happens to a published row. `mark` keeps it for replay, and it needs pruning; `delete` costs half and keeps
+    nothing."""
+
+    ordering: Literal["sequence", "none"] = "sequence"
+    """`sequence` publishes the messages of a key in the order of their numbers. `none` does not wait for open
+    transactions: sooner, and out of order where they overlap."""
+
+    ordering_timeout: Seconds = 5.0
+    """Seconds that a writer may keep its transaction open before the others stop waiting for it. More: one slow writer
+    delays everything for longer. Less: more messages arrive late, with the header `unordered`."""
+
+    on_poison: Literal["park", "skip"] = "park"
+    """A message that Kafka can never accept is parked: `park` holds back the later ones of its key as well, `skip` lets
+    them pass, out of order once it is released."""
+
+    publish_deadline: Seconds = 15.0
+    """Seconds that a batch may wait for Kafka. More: locks are held for longer while Kafka is slow. Less: more
+    duplicates while it is."""
+
+    transaction_timeout: Seconds = 30.0
+    """Seconds after which PostgreSQL ends an idle transaction of the relay (`idle_in_transaction_session_timeout`). More:
+    the shards of a frozen relay are free later."""
+
+    lock_timeout: Seconds = 2.0
+    """Seconds to wait for a lock in PostgreSQL. More: an `ALTER TABLE` delays the relay, and what queues behind it, for
+    longer. Less: more claims tried again."""
+
+    statement_timeout: Seconds = 30.0
+    """Seconds that one statement may take. More: a hanging one is noticed later. Less: a large batch on a slow disk never
+    gets done."""
+
+    synchronous_commit: bool = False
+    """Whether marking waits for PostgreSQL's disk. `true`: slower, and a crash of the server repeats fewer messages.
+    Nothing is lost either way."""
+
+    drain_timeout: Seconds = 20.0
+    """Seconds from SIGTERM to the end. Keep it below the grace period of whatever stops the relay. Less than a batch
+    takes: its rows are released and published again."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """`auto` is `console` on a terminal and `json` elsewhere."""
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+    """Least level that is logged. `debug` writes a line per batch and slows the relay down."""
+
+    metrics_host: str = "0.0.0.0"  # noqa: S104 -- probes and Prometheus come from outside of a container
+    """Address of metrics and probes. They tell topics and counts, never a payload. `127.0.0.1`: nothing outside of the
+    host or the pod reaches them."""
+
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of metrics and probes. 0: no listener, nobody can see how the relay is."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 -- the base class's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the same
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the same
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the same
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing but the arguments; `load` remembers where each of them is from."""
+        return (init_settings,)
+
+    @field_validator("kafka")
+    @classmethod
+    def _name_properties(cls, given: dict[str, ProducerSetting]) -> dict[str, ProducerSetting]:
+        return {kafka.property_name(name): value for name, value in given.items()}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        problems = [f"{env_name(name)}: {problem}" for name, problem in self._problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def producer_config(self) -> dict[str, ProducerSetting]:
+        """Return the librdkafka configuration: our defaults, then what was given; it holds secrets in the clear."""
+        # Room for the batch in flight and the next one, instead of librdkafka's 1 GiB.
+        queue = {"queue.buffering.max.kbytes": max(2 * self.batch_bytes // 1024, 2_048)}
+        return {**kafka.DEFAULTS, **queue, **self.kafka}
+
+    def secrets(self) -> frozenset[str]:
+        """Return the values that must appear nowhere."""
+        url = self.database_url.get_secret_value()
+        parameters = conninfo_to_dict(url)
+        values = [url, *(parameters.get(name) for name in ("password", "sslpassword"))]
+        values += [str(value) for name, value in self.kafka.items() if kafka.holds_secret(name)]
+        return frozenset(str(value) for value in values if value)
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        for name, reason in kafka.refusals(self.kafka):
+            yield f"kafka.{name}", reason
+        yield from self._time_problems()
+        for topic in sorted(set(self.topic_map.values()) - self.allowed_topics if self.allowed_topics else ()):
+            yield "topic_map", f"{topic} is not among the allowed topics: add it to {env_name('allowed_topics')}"
+
+    def _time_problems(self) -> Iterator[tuple[str, str]]:
+        message_timeout = self.producer_config()["message.timeout.ms"]
+        try:
+            message_seconds = float(message_timeout) / 1000
+        except ValueError:
+            yield "kafka.message.timeout.ms", "not a number of milliseconds: write e.g. 25000"
+            return
+        if message_seconds <= self.publish_deadline:
+            # A batch given up on must not be what its producer still believes in.
+            yield (
+                "publish_deadline",
+                f"{self.publish_deadline:g} s is not below Kafka's message.timeout.ms of {message_seconds:g} s: "
+                f"lower it, or raise {env_name('kafka.message.timeout.ms')}",
+            )
+        if message_seconds >= self.transaction_timeout:
+            # The messages of a process that was frozen expire before its locks do.
+            yield (
+                "transaction_timeout",
+                f"{self.transaction_timeout:g} s is not above Kafka's message.timeout.ms of {message_seconds:g} s: "
+                f"raise it, or lower {env_name('kafka.message.timeout.ms')}",
+            )
+        for shorter, longer in (
+            ("publish_deadline", "drain_timeout"),
+            ("poll_interval", "idle_poll_interval"),
+            ("lock_timeout", "statement_timeout"),
+        ):
+            if getattr(self, longer) < getattr(self, shorter):
+                yield (
+                    longer,
+                    f"{getattr(self, longer):g} s is below {env_name(shorter)} of {getattr(self, shorter):g} s: "
+                    "raise it, or lower the other",
+                )

@@ -1,0 +1,97 @@
+"""Connections to PostgreSQL, and the one place where the driver's errors become this project's."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import psycopg
+from psycopg import IsolationLevel
+from psycopg.conninfo import conninfo_to_dict
+
+from outbox_relay.errors import (
+    ConfigurationError,
+    DatabaseConflict,
+    DatabaseUnavailable,
+    OutboxRelayError,
+    SchemaMismatch,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CLIENT_DEFAULTS: dict[str, str | int] = {
+    "target_session_attrs": "read-write",  # a relay needs the primary; libpq tries every host given
+    "connect_timeout": 10,
+    # A peer that vanished is noticed within 30 s; Linux would take two hours.
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
+
+# What a SQLSTATE, or its first two characters, means for the caller.
+_CONFLICT = {"40001", "40P01", "55P03", "57014"}
+_UNAVAILABLE = {"08", "53", "57", "58", "25006", "25P03", "XX"}
+_REMEDY_OF_MISMATCH = {
+    "42P01": "apply the migrations: outbox-relay migrate apply",
+    "42703": "apply the migrations: outbox-relay migrate apply",
+    "3F000": "check OUTBOX_RELAY_SCHEMA, then: outbox-relay migrate apply",
+    "42501": "grant the group role of the job to your login role, e.g. GRANT outbox_relay TO <login role>",
+}
+
+
+def connect(conninfo: str, *, application_name: str, autocommit: bool = False) -> psycopg.Connection:
+    """
+    Open a connection to the primary; the caller closes it.
+
+    An empty *conninfo* leaves everything to libpq's PG* variables. Parameters in *conninfo* win over our defaults.
+
+    Raises:
+        DatabaseUnavailable: No server takes the connection now. libpq gives no SQLSTATE here, so a wrong password is
+            among them; its words are in the message.
+        ConfigurationError: *conninfo* is no connection string.
+    """
+    try:
+        given = conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError(f"OUTBOX_RELAY_DATABASE_URL is no connection string: {str(error).strip()}") from error
+    settings = _CLIENT_DEFAULTS | {"application_name": application_name} | given
+    with translated_errors():
+        connection = psycopg.connect("", autocommit=autocommit, **settings)  # type: ignore[arg-type]
+    connection.isolation_level = IsolationLevel.READ_COMMITTED  # whatever the role's default: the claim relies on it
+    return connection
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """
+    Turn the driver's errors into ours, by SQLSTATE and never by text.
+
+    Raises:
+        DatabaseConflict: The transaction was rolled back by a lock, a deadlock or a time-out; it may be tried again.
+        DatabaseUnavailable: The connection is gone or the server takes no work.
+        SchemaMismatch: A table, column or privilege is missing.
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        translated = _translate(error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _translate(error: psycopg.Error) -> OutboxRelayError | None:
+    state = error.sqlstate
+    text = " ".join(str(error).split())
+    if state is None:  # raised by the driver or libpq, not by the server; refused connections among them
+        return DatabaseUnavailable(text) if isinstance(error, psycopg.OperationalError) else None
+    if state in _CONFLICT:
+        return DatabaseConflict(text)
+    if state in _REMEDY_OF_MISMATCH:
+        return SchemaMismatch(f"{text}: {_REMEDY_OF_MISMATCH[state]}")
+    if state in _UNAVAILABLE or state[:2] in _UNAVAILABLE:
+        return DatabaseUnavailable(text)
+    return None

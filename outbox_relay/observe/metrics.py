@@ -1,0 +1,52 @@
+"""The relay's Prometheus metrics, in a registry of their own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from outbox_relay import __version__
+
+_PREFIX = "outbox_relay"
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0)
+_MESSAGES = (1, 10, 50, 100, 500, 1000, 2500, 5000, 10000)
+
+
+class Metrics:
+    """One attribute for each metric; labels have a bounded set of values only."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry(auto_describe=True)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace=_PREFIX, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, namespace=_PREFIX, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, namespace=_PREFIX, buckets=buckets, registry=registry)
+
+        self.published_messages = counter("published_messages", "Messages acknowledged and settled.", "topic")
+        self.published_bytes = counter("published_bytes", "Bytes of them, as stored.", "topic")
+        self.failed_deliveries = counter("failed_deliveries", "Messages not acknowledged.", "code", "scope")
+        self.parked_messages = counter("parked_messages", "Messages set aside for an operator.")
+        self.unordered_messages = counter("unordered_messages", "Messages published with the header unordered.")
+        self.late_messages = counter("late_messages", "Messages found below the floor by a sweep.")
+        self.given_up_writers = counter("given_up_writers", "Writers open beyond the ordering timeout.")
+        self.claim_conflicts = counter("claim_conflicts", "Claims rolled back by a lock, deadlock or time-out.")
+        self.lost_connections = counter("lost_connections", "Times a part was lost.", "part")
+        self.batch_messages = histogram("batch_messages", "Messages of a batch.", _MESSAGES)
+        self.claim_seconds = histogram("claim_seconds", "Time to claim a batch.", _SECONDS)
+        self.publish_seconds = histogram("publish_seconds", "Time to publish a batch.", _SECONDS)
+        self.settle_seconds = histogram("settle_seconds", "Time to settle and commit a batch.", _SECONDS)
+        self.horizon_held_seconds = gauge("horizon_held_seconds", "How long open writers have held the horizon.")
+        self.held_topics = gauge("held_topics", "Topics that cannot be written to now.")
+        self.is_up = gauge("up", "1 while the part is in working order.", "part")
+        self.beat_age = gauge("beat_age_seconds", "Time since the thread last began a turn.", "thread")
+        Info("build", "Version of the relay.", namespace=_PREFIX, registry=registry).info({"version": __version__})

@@ -1,0 +1,230 @@
+"""What the loop has to say: one method for each thing that happens, which logs it, counts it and keeps the health."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from outbox_relay.observe import events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from structlog.typing import FilteringBoundLogger
+
+    from outbox_relay.observe.metrics import Metrics
+    from outbox_relay.relay.failures import Scope
+    from outbox_relay.relay.horizon import OpenTransaction
+    from outbox_relay.relay.settle import Settlement
+
+_DEAD_AFTER_SECONDS = 60.0
+
+
+class Telemetry:
+    """
+    Used by all threads of a relay; state changes are logged once, however many lanes see them.
+
+    Args:
+        topic_of: Gives the topic of an aggregate type, for the labels of the metrics.
+    """
+
+    def __init__(self, *, logger: FilteringBoundLogger, metrics: Metrics, topic_of: Callable[[str], str]) -> None:
+        self._logger = logger
+        self._metrics = metrics
+        self._topic_of = topic_of
+        self._lock = threading.Lock()
+        self._lost: dict[str, dict[str, float]] = {"kafka": {}, "database": {}, "topic": {}}
+        self._seen: set[str] = set()
+        self._beats: dict[str, float] = {}
+        self._is_draining = False
+
+    def relay_started(self, **facts: object) -> None:
+        """Log with what settings the relay works."""
+        self._logger.info(events.RELAY_STARTED, **facts)
+
+    def relay_draining(self, *, reason: str) -> None:
+        """Log that nothing more is claimed, and turn unready."""
+        self._is_draining = True
+        self._logger.info(events.RELAY_DRAINING, reason=reason)
+
+    def relay_stopped(self, *, is_drained: bool) -> None:
+        """Log the end."""
+        self._logger.info(events.RELAY_STOPPED, is_drained=is_drained)
+
+    def batch_published(
+        self,
+        lane: str,
+        settlement: Settlement,
+        *,
+        claim_seconds: float,
+        publish_seconds: float,
+        settle_seconds: float,
+    ) -> None:
+        """Count a committed batch."""
+        metrics = self._metrics
+        published = settlement.published
+        messages = Counter(message.aggregate_type for message in published)
+        stored_bytes: Counter[str] = Counter()
+        for message in published:
+            stored_bytes[message.aggregate_type] += message.stored_bytes
+        for name, count in messages.items():
+            topic = self._topic_of(name)
+            metrics.published_messages.labels(topic).inc(count)
+            metrics.published_bytes.labels(topic).inc(stored_bytes[name])
+        unordered = sum(message.is_unordered for message in published)
+        if unordered:
+            metrics.unordered_messages.inc(unordered)
+        metrics.batch_messages.observe(len(published))
+        metrics.claim_seconds.observe(claim_seconds)
+        metrics.publish_seconds.observe(publish_seconds)
+        metrics.settle_seconds.observe(settle_seconds)
+        self._logger.debug(
+            events.BATCH_PUBLISHED,
+            lane=lane,
+            messages=len(published),
+            claim_seconds=round(claim_seconds, 6),
+            publish_seconds=round(publish_seconds, 6),
+            settle_seconds=round(settle_seconds, 6),
+        )
+        if settlement.parked:
+            metrics.parked_messages.inc(len(settlement.parked))
+            first = settlement.parked[0]
+            self._logger.error(
+                events.MESSAGES_PARKED,
+                lane=lane,
+                messages=len(settlement.parked),
+                first_sequence_no=first.message.sequence_no,
+                first_message_id=first.message.message_id,
+                first_reason=first.reason,
+            )
+
+    def deliveries_failed(self, failures: Mapping[tuple[str, Scope], int]) -> None:
+        """Count messages that were not acknowledged, by code."""
+        for (code, scope), count in failures.items():
+            self._metrics.failed_deliveries.labels(code, scope.value).inc(count)
+        if failures:
+            codes = {code: count for (code, _), count in failures.items()}
+            self._logger.warning(events.DELIVERIES_FAILED, codes=codes)
+
+    def late_messages_found(self, count: int) -> None:
+        """Count messages that appeared below the floor."""
+        self._metrics.late_messages.inc(count)
+        self._logger.info(events.LATE_MESSAGES_FOUND, messages=count)
+
+    def claim_conflicted(self, lane: str, error: Exception) -> None:
+        """Count a claim that was rolled back."""
+        self._metrics.claim_conflicts.inc()
+        self._logger.warning(events.CLAIM_CONFLICTED, lane=lane, error=str(error))
+
+    def horizon_polled(self, *, held_seconds: float) -> None:
+        """Keep the age of a held horizon, and the watch's heartbeat."""
+        self._metrics.horizon_held_seconds.set(held_seconds)
+        self.beat("horizon")
+
+    def horizon_held(self, blockers: Sequence[OpenTransaction], *, held_seconds: float) -> None:
+        """Name who holds up new messages."""
+        self._logger.warning(
+            events.HORIZON_HELD,
+            held_seconds=round(held_seconds, 3),
+            blockers=[asdict(blocker) for blocker in blockers],
+        )
+
+    def horizon_released(self) -> None:
+        """Log that messages flow in order again."""
+        self._logger.info(events.HORIZON_RELEASED)
+
+    def writers_given_up(self, writers: Sequence[OpenTransaction]) -> None:
+        """Name the writers whose messages will come late and unordered."""
+        self._metrics.given_up_writers.inc(len(writers))
+        for writer in writers:
+            self._logger.error(events.WRITER_GIVEN_UP, **asdict(writer))
+
+    def topic_held(self, topic: str, *, reason: str) -> None:
+        """Log that messages of *topic* wait."""
+        with self._lock:
+            self._lost["topic"].setdefault(topic, time.monotonic())
+        self._metrics.held_topics.set(len(self._lost["topic"]))
+        self._logger.error(events.TOPIC_HELD, topic=topic, reason=reason)
+
+    def topic_released(self, topic: str) -> None:
+        """Log that messages of *topic* flow again."""
+        with self._lock:
+            self._lost["topic"].pop(topic, None)
+        self._metrics.held_topics.set(len(self._lost["topic"]))
+        self._logger.info(events.TOPIC_RELEASED, topic=topic)
+
+    def kafka_lost(self, thread: str, reason: str) -> None:
+        """Log the loss when the first lane notices it."""
+        self._part_lost("kafka", thread, events.KAFKA_LOST, reason=reason)
+
+    def kafka_recovered(self, thread: str) -> None:
+        """Log the recovery when the last lane has noticed it."""
+        self._part_recovered("kafka", thread, events.KAFKA_RECOVERED)
+
+    def database_lost(self, thread: str, error: Exception) -> None:
+        """Log the loss when the first thread notices it."""
+        self._part_lost("database", thread, events.DATABASE_LOST, reason=str(error))
+
+    def database_recovered(self, thread: str) -> None:
+        """Log the recovery when the last thread has noticed it."""
+        self._part_recovered("database", thread, events.DATABASE_RECOVERED)
+
+    def lane_failed(self, lane: str, error: Exception) -> None:
+        """Log an error that nobody expected, with its traceback."""
+        self._logger.error(events.LANE_FAILED, lane=lane, error=repr(error), exc_info=error)
+
+    def _part_lost(self, part: str, thread: str, event: str, **facts: object) -> None:
+        with self._lock:
+            is_first = not self._lost[part]
+            is_news = thread not in self._lost[part]
+            self._lost[part].setdefault(thread, time.monotonic())
+        if is_news:
+            self._metrics.lost_connections.labels(part).inc()
+        if is_first:
+            self._metrics.is_up.labels(part).set(0)
+            self._logger.error(event, thread=thread, **facts)
+
+    def _part_recovered(self, part: str, thread: str, event: str) -> None:
+        with self._lock:
+            was_lost_at = self._lost[part].pop(thread, None)
+            is_last = not self._lost[part]
+            self._seen.add(part)
+        if is_last:
+            self._metrics.is_up.labels(part).set(1)
+        if is_last and was_lost_at is not None:
+            self._logger.info(event, after_seconds=round(time.monotonic() - was_lost_at, 3))
+
+    def beat(self, thread: str) -> None:
+        """Note that *thread* is alive."""
+        if thread not in self._beats:
+            self._metrics.beat_age.labels(thread).set_function(lambda: time.monotonic() - self._beats[thread])
+        self._beats[thread] = time.monotonic()
+
+    def lost_for(self, part: str) -> float:
+        """Give the seconds since *part* was lost, 0 while it is in working order."""
+        with self._lock:
+            return max((time.monotonic() - since for since in self._lost[part].values()), default=0.0)
+
+    def why_not_alive(self) -> list[str]:
+        """Tell which threads have shown no life; a part that is away is no reason."""
+        now = time.monotonic()
+        return [
+            f"thread {thread} has not moved for {now - at:.0f} s"
+            for thread, at in list(self._beats.items())
+            if now - at > _DEAD_AFTER_SECONDS
+        ]
+
+    def why_not_ready(self) -> list[str]:
+        """Tell why the relay publishes nothing now; empty when it is ready."""
+        reasons = self.why_not_alive()
+        if self._is_draining:
+            reasons.append("draining")
+        for part in ("database", "kafka"):
+            if part not in self._seen:
+                reasons.append(f"{part} has not been reached yet")
+            elif self._lost[part]:
+                reasons.append(f"{part} is away")
+        return reasons

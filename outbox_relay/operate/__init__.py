@@ -1,0 +1,1 @@
+"""What operators do beside the running relay: migrate, look, repair, prune."""

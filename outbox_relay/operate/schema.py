@@ -1,0 +1,54 @@
+"""Say at start whether the database has the tables, columns and privileges that the relay needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outbox_relay.database import translated_errors
+from outbox_relay.errors import SchemaMismatch
+from outbox_relay.operate import migrate
+from outbox_relay.sql import statement
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+
+def check_schema(conn: Connection, *, schema: str) -> str | None:
+    """
+    Return normally when this version can run on *schema*, with a warning when a newer version has migrated it.
+
+    A newer schema is no error: migrations stay compatible with the version before, so that relays can be upgraded
+    after the database. Without a record of migrations (another tool applied them) the catalog alone decides.
+
+    Raises:
+        SchemaMismatch: Something is missing; the message has the command or the GRANT that mends it.
+        DatabaseUnavailable: The connection broke.
+    """
+    with translated_errors(), conn.transaction():
+        missing = conn.execute(statement("list_missing", schema=schema), {"schema": schema}).fetchall()
+    absent = sorted({name for name, _ in missing if name is not None})
+    if absent:
+        raise SchemaMismatch(
+            f"schema {schema!r} has no {', '.join(absent)}: "
+            "run `outbox-relay migrate apply`, or correct OUTBOX_RELAY_SCHEMA"
+        )
+    if missing:
+        raise SchemaMismatch(
+            f"role {conn.info.user!r} lacks privileges that `GRANT outbox_relay TO {conn.info.user}` gives, or: "
+            + "; ".join(remedy for _, remedy in missing)
+        )
+    return _compare_versions(conn, schema=schema)
+
+
+def _compare_versions(conn: Connection, *, schema: str) -> str | None:
+    states = migrate.status(conn, schema=schema)
+    pending = [str(state) for state in states if state.state == "pending"]
+    if pending and len(pending) < len(states):
+        raise SchemaMismatch(
+            f"schema {schema!r} is older than this version and waits for {', '.join(pending)}: "
+            "run `outbox-relay migrate apply`"
+        )
+    unknown = [str(state) for state in states if state.state == "unknown"]
+    if unknown:
+        return f"schema {schema!r} has {', '.join(unknown)} of a newer version: this one runs on it, upgrade it soon"
+    return None

@@ -1,0 +1,1 @@
+"""The daemon: horizon -> claim -> publish -> settle, sequenced by the loop."""

@@ -1,0 +1,186 @@
+"""Claim: lock shards that nobody else holds and take their oldest unpublished messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from outbox_relay.database import translated_errors
+from outbox_relay.relay.message import Message
+from outbox_relay.sql import statement
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from psycopg import Connection
+    from psycopg.rows import TupleRow
+
+SHARDS = 16
+_MESSAGE_FIELDS = len(Message._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimOptions:
+    """
+    The most that one claim takes, and the server's time-outs for its transaction, in seconds.
+
+    Attributes:
+        schema: Where the outbox is.
+        messages: Rows of a batch; its memory grows with it.
+        stored_bytes: Bytes of a batch as stored, known before payloads are read; each shard may exceed its part by one
+            message.
+        readable_bytes: A message stored in more bytes comes without its payload.
+        shards: Shards of a batch, so that the other lanes find work too.
+        lock_timeout: Wait for a message that somebody else has locked.
+        transaction_timeout: PostgreSQL ends a transaction that is idle for longer: the fence against a paused relay.
+        synchronous_commit: True makes marks survive a crash of the server, at the price of a disk flush for each batch.
+    """
+
+    schema: str = "public"
+    messages: int = 5000
+    stored_bytes: int = 8 * 1024 * 1024
+    readable_bytes: int = 8_000_000
+    shards: int = SHARDS
+    lock_timeout: float = 2.0
+    statement_timeout: float = 30.0
+    transaction_timeout: float = 30.0
+    synchronous_commit: bool = False
+
+    def transaction_parameters(self) -> dict[str, str]:
+        """Give the parameters of `begin_lane.sql`."""
+        return {
+            "lock_timeout_ms": str(round(self.lock_timeout * 1000)),
+            "statement_timeout_ms": str(round(self.statement_timeout * 1000)),
+            "transaction_timeout_ms": str(round(self.transaction_timeout * 1000)),
+            "synchronous_commit": "on" if self.synchronous_commit else "off",
+        }
+
+
+@dataclass(slots=True)
+class Floors:
+    """
+    What a lane remembers of each shard: everything at or below the floor is settled.
+
+    A floor belongs to one generation of its shard; when an operator or another relay changes the shard's parked
+    messages, the claim finds another generation and reads that shard from the start.
+    """
+
+    _floors: list[int] = field(default_factory=lambda: [0] * SHARDS)
+    _generations: list[int] = field(default_factory=lambda: [0] * SHARDS)
+
+    def parameters(self) -> dict[str, list[int]]:
+        """Give the parameters of `claim.sql` that describe the floors."""
+        return {"shards": list(range(SHARDS)), "floors": self._floors, "generations": self._generations}
+
+    def remember(self, shard: int, *, generation: int, settled_through: int) -> None:
+        """Set the floor of *shard* in *generation*."""
+        self._floors[shard] = settled_through
+        self._generations[shard] = generation
+
+    def forget(self) -> list[int]:
+        """Read every shard from the start at the next claim, for a sweep; give the floors there were."""
+        forgotten, self._floors = self._floors, [0] * SHARDS
+        return forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """
+    What one claim found.
+
+    Attributes:
+        messages: Claimed messages in sequence order. They stay locked until the transaction ends.
+        generations: Generation of every shard, by number.
+        drained: Shards in which nothing was left to claim.
+        waiting: Number of shards that have messages which this claim did not take: another lane holds them.
+    """
+
+    messages: list[Message]
+    generations: list[int]
+    drained: list[int]
+    waiting: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the messages take in the table."""
+        return sum(message.stored_bytes for message in self.messages)
+
+    def may_have_more(self, options: ClaimOptions) -> bool:
+        """Tell whether a limit of *options* may have ended the claim in one of its shards."""
+        return (
+            len(self.messages) * options.shards >= options.messages
+            or self.stored_bytes * options.shards >= options.stored_bytes
+        )
+
+
+def next_limits(options: ClaimOptions, batch: Batch, *, most: int) -> ClaimOptions:
+    """
+    Ask for fewer messages after a batch that was ended by its bytes, and for up to *most* again afterwards.
+
+    Messages beyond the bytes are locked and given back by every claim: with large payloads most of the work.
+    """
+    was_cut = batch.stored_bytes * 2 >= options.stored_bytes and len(batch.messages) < options.messages
+    wanted = max(2 * len(batch.messages), options.shards) if was_cut else min(most, 2 * options.messages)
+    return options if wanted == options.messages else replace(options, messages=wanted)
+
+
+def claim(
+    connection: Connection,
+    *,
+    options: ClaimOptions,
+    through: int,
+    floors: Floors,
+    held_types: Collection[str] = (),
+) -> Batch:
+    """
+    Begin a transaction and take the oldest unpublished messages of shards that nobody else holds.
+
+    Messages stay locked until the transaction ends, so commit only after settling. An empty batch means "nothing to do
+    now", not "nothing in the table"; its transaction is ended already.
+
+    Args:
+        through: The horizon; no message with a higher number is taken.
+        held_types: Aggregate types to leave out.
+
+    Raises:
+        DatabaseUnavailable: The connection broke; nothing is claimed.
+        DatabaseConflict: A row stayed locked for longer than the lock time-out; nothing is claimed.
+    """
+    parameters = floors.parameters() | {
+        "through": through,
+        "held_types": list(held_types),
+        "max_shards": options.shards,
+        "batch_size": options.messages,
+        "batch_bytes": options.stored_bytes,
+        "readable_bytes": options.readable_bytes,
+    }
+    begin = statement("begin_lane", schema=options.schema)
+    take = statement("claim", schema=options.schema)
+    with translated_errors():
+        with connection.pipeline():  # BEGIN, the settings and the claim go out together: one round trip
+            connection.execute(begin, options.transaction_parameters(), prepare=True)
+            cursor = connection.execute(take, parameters, prepare=True)
+        batch = _batch(cursor.fetchall())
+        if not batch.messages:
+            connection.rollback()
+    return batch
+
+
+def _batch(rows: Sequence[TupleRow]) -> Batch:
+    """Split the claim's rows into messages and what it says about the shards."""
+    messages: list[Message] = []
+    generations = [0] * SHARDS
+    drained = []
+    waiting = 0
+    for row in rows:
+        shard, generation, is_drained = row[2], row[-2], row[-1]
+        generations[shard] = generation
+        if row[0] is not None:
+            messages.append(Message._make(row[:_MESSAGE_FIELDS]))
+        elif is_drained:
+            drained.append(shard)
+        else:
+            waiting += 1
+    messages.sort(key=attrgetter("sequence_no"))
+    return Batch(messages, generations, drained, waiting)

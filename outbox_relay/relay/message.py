@@ -1,0 +1,189 @@
+"""A claimed message, and the Kafka record it becomes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+
+from outbox_relay.errors import OutboxRelayError
+from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from outbox_relay.relay.failures import Outcome
+
+LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+_RESERVED_HEADERS = frozenset(
+    {"id", "event_type", "aggregate_type", "sequence_no", "source", "unordered"},
+)
+
+Header = tuple[str, str | bytes | None]
+Key = tuple[str, str]
+OnPoison = Literal["park", "skip"]
+
+
+class Message(NamedTuple):
+    """
+    One row of the outbox as the claim returns it; a named tuple because hundreds of thousands are made a second.
+
+    `payload` is the text of the jsonb column, never parsed again; `headers` is the text of a JSON object;
+    `stored_bytes` is what payload and headers take in the table. A message of more than the claim's `readable_bytes`
+    comes without its payload.
+    """
+
+    id: int
+    sequence_no: int
+    shard: int
+    message_id: str
+    aggregate_type: str
+    aggregate_id: str
+    event_type: str
+    payload: str | None
+    payload_bytes: bytes | None
+    headers: str
+    created_at_ms: int
+    stored_bytes: int
+    is_unordered: bool
+    is_behind_parked: bool
+
+    @property
+    def key(self) -> Key:
+        """What the order promise is about: messages of the same type and id."""
+        return self.aggregate_type, self.aggregate_id
+
+
+class Record(NamedTuple):
+    """What is handed to Kafka for a message."""
+
+    topic: str
+    key: str
+    value: str | bytes | None
+    headers: list[Header]
+    timestamp_ms: int
+
+
+class Unpublishable(OutboxRelayError):
+    """Kafka could never accept this message as it is; the text is the reason that an operator reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addressing:
+    """
+    Where messages go and what they say about themselves.
+
+    Attributes:
+        template: Topic name, with `{aggregate_type}` to fill in.
+        topics: Topics of aggregate types that do not follow the template.
+        allowed: The only topics that may be written to; empty means all.
+        source: Value of the header `source`; together with `sequence_no` it names a message for ever.
+        readable_bytes: Messages stored in more bytes than this come without their payload and cannot be sent.
+        is_ordered: False adds the header `unordered` to every message: numbers say nothing about order then.
+    """
+
+    template: str = "{aggregate_type}.events"
+    topics: Mapping[str, str] = field(default_factory=dict)
+    allowed: frozenset[str] = frozenset()
+    source: str = ""
+    readable_bytes: int = 8_000_000
+    is_ordered: bool = True
+
+    def topic(self, aggregate_type: str) -> str:
+        """
+        Give the topic of *aggregate_type*.
+
+        Raises:
+            Unpublishable: Kafka allows no such name, or the settings do not allow this topic.
+        """
+        topic = self.topics.get(aggregate_type) or self.template.replace("{aggregate_type}", aggregate_type)
+        if not LEGAL_TOPIC.fullmatch(topic) or topic in {".", ".."}:
+            raise Unpublishable(
+                f'aggregate type "{aggregate_type}" makes the topic "{topic}", which Kafka does not allow: a name has'
+                " 1 to 249 of a-z A-Z 0-9 . _ -; map the type to a topic with OUTBOX_RELAY_TOPIC_MAP",
+            )
+        if self.allowed and topic not in self.allowed:
+            raise Unpublishable(f'topic "{topic}" is not among OUTBOX_RELAY_ALLOWED_TOPICS')
+        return topic
+
+    def record(self, message: Message) -> Record:
+        """
+        Make the Kafka record of *message*; its payload and its own headers go out as they are.
+
+        Raises:
+            Unpublishable: The topic, a header, the size or the time stamp is none that Kafka accepts.
+        """
+        if message.stored_bytes > self.readable_bytes:
+            raise Unpublishable(
+                f"the message is stored in {message.stored_bytes:,} bytes: shrink it or send a reference"
+            )
+        if message.created_at_ms < 0:
+            raise Unpublishable("created_at is before 1970, which no Kafka timestamp can be")
+        own = _own_headers(message.headers) if message.headers != "{}" else {}
+        headers: list[Header] = [
+            ("id", message.message_id),
+            ("event_type", message.event_type),
+            ("aggregate_type", message.aggregate_type),
+            ("sequence_no", str(message.sequence_no)),
+            ("source", self.source),
+        ]
+        if message.is_unordered or not self.is_ordered:
+            headers.append(("unordered", "1"))
+        if "content-type" not in own and message.payload is not None:
+            headers.append(("content-type", "application/json"))
+        elif "content-type" not in own and message.payload_bytes is not None:
+            headers.append(("content-type", "application/octet-stream"))
+        headers += own.items()
+        value = message.payload if message.payload is not None else message.payload_bytes
+        return Record(self.topic(message.aggregate_type), message.aggregate_id, value, headers, message.created_at_ms)
+
+
+def _own_headers(text: str) -> dict[str, str]:
+    own: dict[str, object] = json.loads(text)
+    for name, value in own.items():
+        if not isinstance(value, str):
+            raise Unpublishable(f'header "{name}" is {json.dumps(value)[:100]}: a header is a string')
+        if name in _RESERVED_HEADERS:
+            raise Unpublishable(f'header "{name}" is set by the relay: choose another name')
+    return cast("dict[str, str]", own)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """
+    A batch made ready for Kafka.
+
+    Attributes:
+        records: What to send, in sequence order.
+        indexes: Position in the batch of each record.
+        outcomes: For each message of the batch what is known before sending: why it is not sent, or None.
+    """
+
+    records: list[Record]
+    indexes: list[int]
+    outcomes: list[Outcome]
+
+
+def prepare(messages: Sequence[Message], *, addressing: Addressing, on_poison: OnPoison) -> Prepared:
+    """
+    Make records of *messages*, and find those that Kafka could never accept before they can do harm.
+
+    Under "park" nothing is sent behind such a message of its key, nor behind one that is parked already.
+    """
+    prepared = Prepared([], [], [None] * len(messages))
+    stopped_keys: set[Key] = set()
+    for index, message in enumerate(messages):
+        if message.is_behind_parked and on_poison == "park":
+            prepared.outcomes[index] = BEHIND_PARKED
+        elif stopped_keys and message.key in stopped_keys:
+            prepared.outcomes[index] = WITHDRAWN
+        else:
+            try:
+                prepared.records.append(addressing.record(message))
+                prepared.indexes.append(index)
+            except Unpublishable as error:
+                prepared.outcomes[index] = Failure(Scope.MESSAGE, "unpublishable", str(error))
+                if on_poison == "park":
+                    stopped_keys.add(message.key)
+    return prepared

@@ -1,0 +1,125 @@
+"""The relay as a whole: one horizon watch and its lanes, started together and stopped in two levels."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from outbox_relay.errors import DatabaseUnavailable, KafkaUnavailable
+from outbox_relay.relay.horizon import read_last_no
+from outbox_relay.relay.loop import Lane, LaneOptions
+from outbox_relay.relay.watch import HorizonWatch, WatchOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from psycopg import Connection
+
+    from outbox_relay.observe.telemetry import Telemetry
+    from outbox_relay.relay.publish import Publisher
+
+
+class Connect(Protocol):
+    """Opens a connection for the thread that is named."""
+
+    def __call__(self, thread: str, *, autocommit: bool) -> Connection:
+        """Open it; the caller closes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayOptions:
+    """What a relay process is made of; `drain_timeout` is the grace for the batches in hand, in seconds."""
+
+    lanes: int = 2
+    lane: LaneOptions = LaneOptions()  # noqa: RUF009 -- frozen
+    watch: WatchOptions = WatchOptions()  # noqa: RUF009 -- frozen
+    drain_timeout: float = 20.0
+
+
+class Relay:
+    """
+    Starts the threads and tells when their work is done.
+
+    The first level of stopping, `drain`, takes no more; the batches in hand are finished and settled. The second is
+    the end of the process: PostgreSQL frees what the lanes have locked, and nothing is lost.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: RelayOptions,
+        connect: Connect,
+        make_publisher: Callable[[], Publisher],
+        telemetry: Telemetry,
+    ) -> None:
+        self._options = options
+        self._connect = connect
+        self._telemetry = telemetry
+        self._stop = threading.Event()
+        self._watch = HorizonWatch(
+            options=options.watch,
+            connect=partial(connect, "horizon", autocommit=True),
+            telemetry=telemetry,
+        )
+        self._lanes = [
+            Lane(
+                name,
+                options=options.lane,
+                connect=partial(connect, name, autocommit=False),
+                publisher=make_publisher(),
+                watch=self._watch,
+                telemetry=telemetry,
+                stop=self._stop,
+            )
+            for name in (f"lane-{number}" for number in range(1, options.lanes + 1))
+        ]
+        self._threads = [
+            threading.Thread(target=self._watch.run, name="horizon", daemon=True),
+            *(threading.Thread(target=lane.run, name=lane.name, daemon=True) for lane in self._lanes),
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def drain(self, *, reason: str) -> None:
+        """Claim nothing more; the batches in hand are finished."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._watch.stop()
+            self._telemetry.relay_draining(reason=reason)
+
+    def join(self, *, timeout: float) -> bool:
+        """Wait for the threads to end after `drain`; True if they have."""
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def last_no(self) -> int:
+        """Give the number that `is_drained` is asked about: the last one drawn so far."""
+        with closing(self._connect("drain", autocommit=True)) as connection:
+            return read_last_no(connection, schema=self._options.watch.schema)
+
+    def is_drained(self, through: int) -> bool:
+        """
+        Tell whether everything up to the number *through* is published or parked.
+
+        Raises:
+            KafkaUnavailable: Kafka, or a topic, has been away for longer than the publish deadline.
+            DatabaseUnavailable: PostgreSQL has been away for as long.
+        """
+        patience = self._options.lane.publish_deadline
+        held = sorted({topic for lane in self._lanes for topic in lane.held_topics})
+        if held and self._telemetry.lost_for("topic") > patience:
+            raise KafkaUnavailable(f"cannot write to {', '.join(held)}: create the topic, or grant access to it")
+        if self._telemetry.lost_for("kafka") > patience:
+            raise KafkaUnavailable(f"Kafka has been away for {patience:g} s; messages are left unpublished")
+        if self._telemetry.lost_for("database") > patience:
+            raise DatabaseUnavailable(f"PostgreSQL has been away for {patience:g} s")
+        return not held and any(lane.drained_through >= through for lane in self._lanes)

@@ -1,0 +1,289 @@
+"""
+The demo: a shop writes orders, two relays publish them, one relay is killed, and a history of it all is judged.
+
+Everything in it is real but, unless asked for, the Kafka cluster; the file reads from the top as the demo runs.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import quantiles
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import TYPE_CHECKING, Literal, Self
+
+import psycopg
+from confluent_kafka.admin import AdminClient
+
+from outbox_relay.errors import ConfigurationError, OutboxRelayError
+from outbox_relay.operate import migrate
+from outbox_relay.sandbox.history import (
+    History,
+    Outcome,
+    Row,
+    State,
+    Verdict,
+    Write,
+    commit_to_arrival_seconds,
+    judge,
+    read_topics,
+)
+from outbox_relay.sandbox.kafka import Kafka, KafkaCluster, what_a_broker_lacks
+from outbox_relay.sandbox.mock_cluster import MockCluster
+from outbox_relay.sandbox.orders import AGGREGATE_TYPE, create_orders, write_orders
+from outbox_relay.sandbox.postgres import PostgresServer, installed_servers
+from outbox_relay.sandbox.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+KafkaChoice = Literal["mock", "broker"]
+
+WRITERS = 12
+ORDERS_PER_SECOND = 400.0
+PARTITIONS = 6
+DEAD_SECONDS = 2.0
+START_TIMEOUT_SECONDS = 30.0
+DRAIN_TIMEOUT_SECONDS = 30.0
+STOP_TIMEOUT_SECONDS = 30.0
+LOG_TAIL_LINES = 8
+
+SELECT_ROWS = """
+SELECT message_id::text,
+       aggregate_id,
+       sequence_no,
+       CASE WHEN parked_at IS NOT NULL THEN 'parked' WHEN published_at IS NOT NULL THEN 'published' ELSE 'unpublished' END
+FROM outbox
+"""
+
+SELECT_UNSETTLED = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND parked_at IS NULL"
+
+
+class DemoFailed(OutboxRelayError):
+    """The demo did not get to its verdict; the message ends with what the relays said last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the demo found; the latencies are from commit to consumer, None when nothing arrived."""
+
+    verdict: Verdict
+    latency_median_seconds: float | None
+    latency_p99_seconds: float | None
+
+
+def run_demo(*, kafka: KafkaChoice | None, seconds: float, say: Callable[[str], None]) -> Report:
+    """
+    Run the whole demo, about fifteen seconds longer than *seconds* of load, and leave nothing behind.
+
+    Args:
+        kafka: Which Kafka to start; None means the one at KAFKA_BOOTSTRAP_SERVERS, or the mock where that is not set.
+        say: Gets one plain line for each step as it happens.
+
+    Raises:
+        ConfigurationError: A part is missing on this machine; the message says how to get it.
+        DemoFailed: A relay ended by itself, or the outbox was not drained in time.
+    """
+    with (
+        _temporary_directory() as directory,
+        _postgres(directory / "postgres", say=say) as dsn,
+        _kafka(kafka, directory / "kafka", say=say) as cluster,
+        _topic(cluster, say=say) as (topic, template),
+        _relays(directory, dsn=dsn, kafka=cluster, topic_template=template, say=say) as relays,
+    ):
+        return _report(_record_history(relays, dsn=dsn, kafka=cluster, topic=topic, seconds=seconds, say=say))
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="outbox-relay-demo-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)  # PostgreSQL may have to run as another user
+        yield directory
+
+
+@contextmanager
+def _postgres(directory: Path, *, say: Callable[[str], None]) -> Iterator[str]:
+    servers = installed_servers()
+    if not servers:
+        raise ConfigurationError('the demo needs PostgreSQL\'s programs: pip install "outbox-relay[demo]"')
+    with PostgresServer.create(servers[max(servers)], directory) as server:
+        say(f"PostgreSQL {server.version} runs on port {server.port}, in a temporary directory.")
+        with psycopg.connect(server.dsn(), autocommit=True) as connection:
+            applied = migrate.apply(connection, schema="public")
+        create_orders(server.dsn())
+        say(f"Its database has the shop's table, orders, and {len(applied)} migrations of the outbox.")
+        yield server.dsn()
+
+
+@contextmanager
+def _kafka(choice: KafkaChoice | None, directory: Path, *, say: Callable[[str], None]) -> Iterator[Kafka | MockCluster]:
+    own = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+    if own and choice is None:
+        say(f"Kafka is yours, at {own}.")
+        yield Kafka(own)
+    elif choice == "broker":
+        if lack := what_a_broker_lacks():
+            raise ConfigurationError(lack)
+        say("A real Kafka broker is starting (the first time on a machine, Maven fetches it: about a minute) ...")
+        with KafkaCluster(directory) as cluster:
+            say(f"Kafka is one real broker, at {cluster.bootstrap_servers}.")
+            yield cluster
+    else:
+        with MockCluster() as mock:
+            say(
+                f"Kafka is librdkafka's MOCK cluster, at {mock.bootstrap_servers}: it speaks the protocol, but keeps "
+                "nothing on disk, replicates nothing and checks no rights. "
+                "For a real broker: --kafka=broker, or set KAFKA_BOOTSTRAP_SERVERS."
+            )
+            yield mock
+
+
+@contextmanager
+def _topic(kafka: Kafka | MockCluster, *, say: Callable[[str], None]) -> Iterator[tuple[str, str]]:
+    """Make a topic of the demo's own; yield its name and the template that names it so."""
+    template = f"outbox-relay-demo-{secrets.token_hex(4)}.{{aggregate_type}}.events"
+    topic = template.format(aggregate_type=AGGREGATE_TYPE)
+    kafka.create_topic(topic, partitions=PARTITIONS)
+    say(f"Topic {topic} has {PARTITIONS} partitions.")
+    yield topic, template
+    if isinstance(kafka, Kafka):
+        AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).delete_topics([topic])[topic].result()
+
+
+class Relay:
+    """A relay in a process of its own, configured by its environment as in production; its log goes to a file."""
+
+    def __init__(self, name: str, *, environment: dict[str, str], log_path: Path) -> None:
+        self.name = name
+        self._environment = environment
+        self._log_path = log_path
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it says that it has started."""
+        with self._log_path.open("wb") as log:
+            # In a session of its own: Ctrl-C in the terminal is for the demo, which stops its relays in order.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "outbox_relay", "run"],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(self._has_started, timeout=START_TIMEOUT_SECONDS, message=f"{self.name} did not start")
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL, as the out-of-memory killer or a power cut would."""
+        self._running.kill()
+        self._running.wait()
+
+    def stop(self) -> None:
+        """Ask it to stop, as an orchestrator would; kill it if it does not."""
+        self._running.terminate()
+        try:
+            self._running.wait(STOP_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def check(self) -> None:
+        """Raise when it has ended by itself."""
+        if self._running.poll() is not None:
+            raise DemoFailed(f"{self.name} ended by itself with exit code {self._running.returncode}")
+
+    def log_tail(self) -> str:
+        """Return its last lines."""
+        lines = self._log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"Last lines of {self.name}:", *lines])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._process:
+            self.stop()
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "start() comes first"
+        return self._process
+
+    def _has_started(self) -> bool:
+        self.check()
+        return "relay_started" in self._log_path.read_text(errors="replace")
+
+
+@contextmanager
+def _relays(
+    directory: Path, *, dsn: str, kafka: Kafka | MockCluster, topic_template: str, say: Callable[[str], None]
+) -> Iterator[list[Relay]]:
+    """Start two relays; what goes wrong afterwards is told together with their last words."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OUTBOX_RELAY_", "PG"))}
+    environment |= {
+        "OUTBOX_RELAY_DATABASE_URL": dsn,
+        "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+        "OUTBOX_RELAY_TOPIC_TEMPLATE": topic_template,
+        "OUTBOX_RELAY_METRICS_PORT": "0",
+        "OUTBOX_RELAY_LOG_FORMAT": "json",
+    }
+    with ExitStack() as stack:
+        relays = [
+            stack.enter_context(Relay(name, environment=environment, log_path=directory / f"{name}.log"))
+            for name in ("relay-1", "relay-2")
+        ]
+        try:
+            for relay in relays:
+                relay.start()
+            say("Two relays run, each a process of its own; they share nothing but the database.")
+            yield relays
+        except (OutboxRelayError, TimeoutError, psycopg.Error) as error:
+            raise DemoFailed("\n".join([str(error), *(relay.log_tail() for relay in relays)])) from error
+
+
+def _record_history(
+    relays: Sequence[Relay],
+    *,
+    dsn: str,
+    kafka: Kafka | MockCluster,
+    topic: str,
+    seconds: float,
+    say: Callable[[str], None],
+) -> History:
+    """Put the relays under load, kill the first one in the middle of it, and record what writers and consumer saw."""
+    stop_writing, stop_reading = Event(), Event()
+    with ThreadPoolExecutor(WRITERS + 1) as threads, ExitStack() as on_failure_too:
+        on_failure_too.callback(stop_reading.set)
+        on_failure_too.callback(stop_writing.set)
+        reader = threads.submit(read_topics, kafka.bootstrap_servers, topics=[topic], stop=stop_reading)
+        writers = [
+            threads.submit(
+                write_orders, dsn, per_second=ORDERS_PER_SECOND / WRITERS, stop=stop_writing, random=Random(number)
+            )
+            for number in range(WRITERS)
+        ]
+        say(f"{WRITERS} writers commit and roll back about {ORDERS_PER_SECOND:g} orders a second for {seconds:g} s.")
+
+        _let_run([reader, *writers], seconds=(seconds - DEAD_SECONDS) / 2)
+        relays[0].kill()
+        say(f"{relays[0].name} is killed with kill -9 under load; {relays[1].name} goes on alone.")
+        _let_run([reader, *writers], seconds=DEAD_SECONDS)
+        relays[0].start()
+        say(f"{relays[0].name} is back.")
+        _let_run([reader, *writers], seconds=(seconds - DEAD_SECONDS) / 2)
+
+        stop_writing.set()
+        writes = [write for writer in writers for write in writer.result()]
+        say(f"The writers stop after {len(writes)} transactions.")
+        rows = _drained_rows(dsn, relays=relays)
+        say(f"The outbox is drained: {len(rows)} rows, each of them settled.")
+        stop_reading.set()
+        return History(writes, rows, reader.result())

@@ -1,0 +1,22 @@
+"""The statements of the relay, one per file, read once and bound to the configured schema."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.resources import files
+
+from psycopg import sql
+
+_COMMENT_LINE = re.compile(rb"^\s*--.*\n", re.MULTILINE)
+
+
+@cache
+def statement(name: str, *, schema: str) -> bytes:
+    """
+    Give the statement in `<name>.sql` with `{schema}` replaced by the quoted *schema*.
+
+    Comment lines are left out: the driver caches short statements only, and the server need not parse them each time.
+    """
+    text = _COMMENT_LINE.sub(b"", (files(__name__) / f"{name}.sql").read_bytes())
+    return text.replace(b"{schema}", sql.Identifier(schema).as_bytes(None)).strip()

@@ -1,0 +1,114 @@
+-- Takes the oldest unpublished messages of shards that nobody else holds; at most :max_shards shards and :batch_size
+-- messages of together about :batch_bytes. One row per message, and one row without a message per other shard.
+--
+-- A shard row is locked before its messages, and only its holder may publish them: with SKIP LOCKED on the messages
+-- themselves two relays would send later messages of a key first. Messages are locked as well: a snapshot older than
+-- the shard lock still shows as unpublished what the last holder has marked, and the lock looks again.
+--
+-- "known" is what the caller remembers of each shard: everything at or below the floor is settled, as long as the
+-- shard's generation is the same. Without the floor a claim walks the dead index entries of all that was published
+-- since the oldest snapshot. The probe is a scalar subquery because EXISTS becomes a join over the whole backlog.
+--
+-- "owned" compares the generation it locked with the one in the snapshot: if another relay parked or an operator
+-- released messages in between, what this snapshot says about parked keys is out of date and the shard is left alone.
+--
+-- A payload far beyond what Kafka takes is not read at all: stored_bytes tells, and the caller parks it.
+--
+-- The window has no ORDER BY: it would sort messages that come in order, and it only bounds the bytes.
+WITH probe AS MATERIALIZED (
+    SELECT
+        outbox_shard.shard,
+        outbox_shard.generation,
+        start.floor,
+        (
+            SELECT outbox.sequence_no
+            FROM {schema}.outbox
+            WHERE outbox.shard = outbox_shard.shard
+                AND outbox.published_at IS NULL
+                AND outbox.parked_at IS NULL
+                AND outbox.sequence_no > start.floor
+                AND outbox.sequence_no <= %(through)s
+                AND outbox.aggregate_type <> ALL (%(held_types)s::text[])
+            ORDER BY outbox.sequence_no
+            LIMIT 1
+        ) AS first_no
+    FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(generations)s::bigint[])
+        AS known (shard, floor, generation)
+    JOIN {schema}.outbox_shard USING (shard)
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN outbox_shard.generation = known.generation THEN known.floor ELSE 0 END AS floor
+    ) AS start
+),
+owned AS MATERIALIZED (
+    SELECT
+        outbox_shard.shard,
+        probe.floor,
+        outbox_shard.generation = probe.generation AS is_current,
+        EXISTS (
+            SELECT FROM {schema}.outbox WHERE outbox.shard = outbox_shard.shard AND outbox.parked_at IS NOT NULL
+        ) AS has_parked
+    FROM probe
+    JOIN {schema}.outbox_shard USING (shard)
+    WHERE probe.first_no IS NOT NULL
+    ORDER BY probe.first_no
+    LIMIT %(max_shards)s
+    FOR UPDATE OF outbox_shard SKIP LOCKED
+)
+SELECT
+    message.id,
+    message.sequence_no,
+    probe.shard,
+    message.message_id::text,
+    message.aggregate_type,
+    message.aggregate_id,
+    message.event_type,
+    CASE WHEN message.stored_bytes <= %(readable_bytes)s THEN message.payload::text END AS payload,
+    CASE WHEN message.stored_bytes <= %(readable_bytes)s THEN message.payload_bytes END AS payload_bytes,
+    message.headers::text,
+    (extract(epoch FROM message.created_at) * 1000)::bigint AS created_at_ms,
+    message.stored_bytes,
+    message.transaction_id IN (SELECT transaction_id FROM {schema}.outbox_unordered) AS is_unordered,
+    owned.has_parked AND EXISTS (
+        SELECT FROM {schema}.outbox AS earlier
+        WHERE earlier.shard = probe.shard
+            AND earlier.aggregate_type = message.aggregate_type
+            AND earlier.aggregate_id = message.aggregate_id
+            AND earlier.sequence_no < message.sequence_no
+            AND earlier.parked_at IS NOT NULL
+    ) AS is_behind_parked,
+    probe.generation,
+    probe.first_no IS NULL AS is_drained
+FROM probe
+LEFT JOIN owned ON owned.shard = probe.shard AND owned.is_current
+LEFT JOIN LATERAL (
+    SELECT
+        locked.*,
+        sum(locked.stored_bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+    FROM (
+        SELECT
+            outbox.id,
+            outbox.sequence_no,
+            outbox.message_id,
+            outbox.aggregate_type,
+            outbox.aggregate_id,
+            outbox.event_type,
+            outbox.payload,
+            outbox.payload_bytes,
+            outbox.headers,
+            outbox.created_at,
+            outbox.transaction_id,
+            coalesce(pg_column_size(outbox.payload), 0)
+            + coalesce(pg_column_size(outbox.payload_bytes), 0)
+            + pg_column_size(outbox.headers) AS stored_bytes
+        FROM {schema}.outbox
+        WHERE outbox.shard = owned.shard
+            AND outbox.published_at IS NULL
+            AND outbox.parked_at IS NULL
+            AND outbox.sequence_no > owned.floor
+            AND outbox.sequence_no <= %(through)s
+            AND outbox.aggregate_type <> ALL (%(held_types)s::text[])
+        ORDER BY outbox.sequence_no
+        LIMIT (SELECT ceil(%(batch_size)s::numeric / greatest(count(*), 1)) FROM owned)
+        FOR UPDATE OF outbox
+    ) AS locked
+) AS message ON coalesce(message.bytes_before, 0) < (SELECT %(batch_bytes)s::bigint / greatest(count(*), 1) FROM owned)

@@ -1,0 +1,4 @@
+-- Marks messages that Kafka has acknowledged; they stay until retention removes them.
+UPDATE {schema}.outbox
+SET published_at = statement_timestamp()
+WHERE id = ANY (%(ids)s)

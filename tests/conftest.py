@@ -1,0 +1,3 @@
+"""Registers the fixture plugins; each is explained in its own file."""
+
+pytest_plugins = ["tests.fixtures.postgres", "tests.fixtures.kafka"]
