@@ -40,8 +40,8 @@ _ALIASES = {
     "request.required.acks": "acks",
 }
 
-# Those that librdkafka itself marks as sensitive, less the user name and a path; the last is Java's, and holds a password.
-_SECRETS = frozenset(
+# Those that librdkafka marks as sensitive, less the user name and a path; the last is Java's, and holds a password.
+SECRETS = frozenset(
     {
         "sasl.oauthbearer.assertion.private.key.passphrase",
         "sasl.oauthbearer.assertion.private.key.pem",
@@ -60,14 +60,13 @@ _TRUE = frozenset({"true", "t", "1"})
 
 
 def holds_secret(name: str) -> bool:
-    """Tell whether the value of the librdkafka property *name* must not be shown; an unknown name may be a slip of one."""
-    return name in _SECRETS or name not in _known()
+    """Tell whether the value of the property *name* must not be shown; an unknown name may be a slip of one."""
+    return name in SECRETS or name not in _known()
 
 
 def property_name(name: str) -> str:
     """Return the librdkafka name of *name* as the environment spells it: `linger_ms` is `linger.ms`."""
-    known = name in _known()
-    dotted = name if known else name.replace("_", ".")
+    dotted = name if name in _known() else name.replace("_", ".")
     return _ALIASES.get(dotted, dotted)
 
 
@@ -108,7 +107,9 @@ def check_producer_config(config: Mapping[str, ProducerSetting]) -> None:
     # Only this check needs librdkafka; reading the settings does not.
     from confluent_kafka import KafkaException, Producer  # noqa: PLC0415
 
-    offline = {name: value for name, value in config.items() if name not in {"bootstrap.servers", "test.mock.num.brokers"}}
+    offline = {
+        name: value for name, value in config.items() if name not in {"bootstrap.servers", "test.mock.num.brokers"}
+    }
     try:
         Producer({**offline, "log_level": 0})
     except KafkaException as error:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
+from operator import le, lt
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from outbox_relay.config import kafka
-from outbox_relay.config.kafka import ProducerSetting
+from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic reads the annotations
 from outbox_relay.config.names import PREFIX, env_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pydantic.fields import FieldInfo
+
 _TOPIC_CHARACTERS = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _SHARDS = 16
+_MESSAGE_TIMEOUT = "kafka.message.timeout.ms"
+
+_TIMES: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+    ("publish_deadline", _MESSAGE_TIMEOUT, lt),  # a producer must not give up a message that the relay still waits for
+    (_MESSAGE_TIMEOUT, "transaction_timeout", lt),  # the messages of a frozen process expire before its locks do
+    ("publish_deadline", "drain_timeout", le),
+    ("lock_timeout", "statement_timeout", lt),
+    ("poll_interval", "idle_poll_interval", le),
+)
 
 
 def _topic(name: str) -> str:
@@ -56,6 +70,13 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _from_json(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
 Topic = Annotated[str, AfterValidator(_topic)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -74,7 +95,6 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
-        populate_by_name=True,
         use_attribute_docstrings=True,
     )
 
@@ -94,10 +114,10 @@ class Settings(BaseSettings):
     """Topic of a message; `{aggregate_type}` is filled in. Changed on a running system: consumers must read the old and
     the new topics, and order between the two is lost."""
 
-    topic_map: dict[str, Topic] = {}
-    """Topics of single aggregate types, instead of the template; JSON in the environment: `{"order": "sales.orders"}`."""
+    topic_map: Annotated[dict[str, Topic], NoDecode, BeforeValidator(_from_json)] = {}
+    """Topics of single aggregate types instead of the template; JSON in the environment: `{"order": "sales.orders"}`."""
 
-    allowed_topics: frozenset[Topic] = frozenset()
+    allowed_topics: Annotated[frozenset[Topic], NoDecode, BeforeValidator(_from_json)] = frozenset()
     """The only topics the relay may write to; JSON in the environment. A message for any other is parked. Empty: every
     topic that the template and the map make."""
 
@@ -113,7 +133,8 @@ class Settings(BaseSettings):
     """Rows claimed at once by a lane. More: more memory and more duplicates after a crash. Fewer: less throughput."""
 
     batch_bytes: Annotated[ByteSize, Field(ge=1_024)] = ByteSize(8 * 1024 * 1024)
-    """Bytes claimed at once by a lane, e.g. `8MiB`; one row is always taken. More: more memory. Fewer: less throughput."""
+    """Bytes claimed at once by a lane, such as `8MiB`; one row is always taken. More: more memory. Fewer: less
+    throughput."""
 
     poll_interval: Annotated[float, Field(ge=0.002, allow_inf_nan=False)] = 0.005
     """Seconds between polls while messages arrive. More: later delivery. Less: more processor time and round trips."""
@@ -123,8 +144,8 @@ class Settings(BaseSettings):
     while idle."""
 
     sweep_interval: Seconds = 5.0
-    """Seconds between searches for rows left behind. More: such rows, rare as they are, arrive later. Less: more reading
-    of dead index entries."""
+    """Seconds between searches for rows left behind. More: such rows, rare as they are, arrive later. Less: more
+    reading of dead index entries."""
 
     settle: Literal["mark", "delete"] = "mark"
     """What happens to a published row. `mark` keeps it for replay, and it needs pruning; `delete` costs half and keeps
@@ -147,16 +168,16 @@ class Settings(BaseSettings):
     duplicates while it is."""
 
     transaction_timeout: Seconds = 30.0
-    """Seconds after which PostgreSQL ends an idle transaction of the relay (`idle_in_transaction_session_timeout`). More:
-    the shards of a frozen relay are free later."""
+    """Seconds after which PostgreSQL ends an idle transaction of the relay (`idle_in_transaction_session_timeout`).
+    More: the shards of a frozen relay are free later."""
 
     lock_timeout: Seconds = 2.0
     """Seconds to wait for a lock in PostgreSQL. More: an `ALTER TABLE` delays the relay, and what queues behind it, for
     longer. Less: more claims tried again."""
 
     statement_timeout: Seconds = 30.0
-    """Seconds that one statement may take. More: a hanging one is noticed later. Less: a large batch on a slow disk never
-    gets done."""
+    """Seconds that one statement may take. More: a hanging one is noticed later. Less: a large batch on a slow disk
+    never gets done."""
 
     synchronous_commit: bool = False
     """Whether marking waits for PostgreSQL's disk. `true`: slower, and a crash of the server repeats fewer messages.
@@ -178,6 +199,11 @@ class Settings(BaseSettings):
 
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Port of metrics and probes. 0: no listener, nobody can see how the relay is."""
+
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        """Return the fields by the name that people use, which is an alias where pydantic has taken the name itself."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     @classmethod
     def settings_customise_sources(
@@ -214,7 +240,7 @@ class Settings(BaseSettings):
         url = self.database_url.get_secret_value()
         parameters = conninfo_to_dict(url)
         values = [url, *(parameters.get(name) for name in ("password", "sslpassword"))]
-        values += [str(value) for name, value in self.kafka.items() if kafka.holds_secret(name)]
+        values += [str(value) for name, value in self.kafka.items() if name in kafka.SECRETS]
         return frozenset(str(value) for value in values if value)
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -225,34 +251,13 @@ class Settings(BaseSettings):
             yield "topic_map", f"{topic} is not among the allowed topics: add it to {env_name('allowed_topics')}"
 
     def _time_problems(self) -> Iterator[tuple[str, str]]:
-        message_timeout = self.producer_config()["message.timeout.ms"]
+        message_timeout = self.producer_config()[_MESSAGE_TIMEOUT.removeprefix("kafka.")]
         try:
-            message_seconds = float(message_timeout) / 1000
+            seconds = self.model_dump() | {_MESSAGE_TIMEOUT: float(message_timeout) / 1000}
         except ValueError:
-            yield "kafka.message.timeout.ms", "not a number of milliseconds: write e.g. 25000"
+            yield _MESSAGE_TIMEOUT, "not a number of milliseconds: write a number such as 25000"
             return
-        if message_seconds <= self.publish_deadline:
-            # A batch given up on must not be what its producer still believes in.
-            yield (
-                "publish_deadline",
-                f"{self.publish_deadline:g} s is not below Kafka's message.timeout.ms of {message_seconds:g} s: "
-                f"lower it, or raise {env_name('kafka.message.timeout.ms')}",
-            )
-        if message_seconds >= self.transaction_timeout:
-            # The messages of a process that was frozen expire before its locks do.
-            yield (
-                "transaction_timeout",
-                f"{self.transaction_timeout:g} s is not above Kafka's message.timeout.ms of {message_seconds:g} s: "
-                f"raise it, or lower {env_name('kafka.message.timeout.ms')}",
-            )
-        for shorter, longer in (
-            ("publish_deadline", "drain_timeout"),
-            ("poll_interval", "idle_poll_interval"),
-            ("lock_timeout", "statement_timeout"),
-        ):
-            if getattr(self, longer) < getattr(self, shorter):
-                yield (
-                    longer,
-                    f"{getattr(self, longer):g} s is below {env_name(shorter)} of {getattr(self, shorter):g} s: "
-                    "raise it, or lower the other",
-                )
+        for shorter, longer, is_allowed in _TIMES:
+            if not is_allowed(seconds[shorter], seconds[longer]):
+                problem = f"{seconds[longer]:g} s is too short beside {env_name(shorter)} of {seconds[shorter]:g} s"
+                yield longer, f"{problem}: raise it, or lower the other"

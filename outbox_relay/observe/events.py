@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 RELAY_STARTED: Final = "relay_started"
+SCHEMA_IS_NEWER: Final = "schema_is_newer"
 RELAY_DRAINING: Final = "relay_draining"
 RELAY_STOPPED: Final = "relay_stopped"
 BATCH_PUBLISHED: Final = "batch_published"

@@ -45,6 +45,10 @@ class Telemetry:
         """Log with what settings the relay works."""
         self._logger.info(events.RELAY_STARTED, **facts)
 
+    def schema_is_newer(self, warning: str) -> None:
+        """Log that the database has migrations this version does not know."""
+        self._logger.warning(events.SCHEMA_IS_NEWER, warning=warning)
+
     def relay_draining(self, *, reason: str) -> None:
         """Log that nothing more is claimed, and turn unready."""
         self._is_draining = True

@@ -32,12 +32,11 @@ class Connect(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
-    """What a relay process is made of; `drain_timeout` is the grace for the batches in hand, in seconds."""
+    """What a relay process is made of."""
 
     lanes: int = 2
     lane: LaneOptions = LaneOptions()  # noqa: RUF009 -- frozen
     watch: WatchOptions = WatchOptions()  # noqa: RUF009 -- frozen
-    drain_timeout: float = 20.0
 
 
 class Relay:

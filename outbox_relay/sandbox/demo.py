@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from statistics import quantiles
@@ -21,13 +22,13 @@ from threading import Event
 from typing import TYPE_CHECKING, Literal, Self
 
 import psycopg
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from outbox_relay.errors import ConfigurationError, OutboxRelayError
+from outbox_relay.errors import ConfigurationError, KafkaUnavailable, OutboxRelayError
 from outbox_relay.operate import migrate
 from outbox_relay.sandbox.history import (
     History,
-    Outcome,
     Row,
     State,
     Verdict,
@@ -60,7 +61,11 @@ SELECT_ROWS = """
 SELECT message_id::text,
        aggregate_id,
        sequence_no,
-       CASE WHEN parked_at IS NOT NULL THEN 'parked' WHEN published_at IS NOT NULL THEN 'published' ELSE 'unpublished' END
+       CASE
+           WHEN parked_at IS NOT NULL THEN 'parked'
+           WHEN published_at IS NOT NULL THEN 'published'
+           ELSE 'unpublished'
+       END
 FROM outbox
 """
 
@@ -152,11 +157,16 @@ def _topic(kafka: Kafka | MockCluster, *, say: Callable[[str], None]) -> Iterato
     """Make a topic of the demo's own; yield its name and the template that names it so."""
     template = f"outbox-relay-demo-{secrets.token_hex(4)}.{{aggregate_type}}.events"
     topic = template.format(aggregate_type=AGGREGATE_TYPE)
-    kafka.create_topic(topic, partitions=PARTITIONS)
+    try:
+        kafka.create_topic(topic, partitions=PARTITIONS)
+    except KafkaException as error:
+        raise KafkaUnavailable(f"the demo could not create its topic at {kafka.bootstrap_servers}: {error}") from error
     say(f"Topic {topic} has {PARTITIONS} partitions.")
-    yield topic, template
-    if isinstance(kafka, Kafka):
-        AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).delete_topics([topic])[topic].result()
+    try:
+        yield topic, template
+    finally:
+        if isinstance(kafka, Kafka):
+            AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).delete_topics([topic])[topic].result()
 
 
 class Relay:
@@ -166,39 +176,26 @@ class Relay:
         self.name = name
         self._environment = environment
         self._log_path = log_path
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = self._launch()
 
-    def start(self) -> None:
-        """Start it and wait until it says that it has started."""
-        with self._log_path.open("wb") as log:
-            # In a session of its own: Ctrl-C in the terminal is for the demo, which stops its relays in order.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "outbox_relay", "run"],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    def wait_until_started(self) -> None:
+        """Return once it says that it has started."""
         eventually(self._has_started, timeout=START_TIMEOUT_SECONDS, message=f"{self.name} did not start")
 
     def kill(self) -> None:
-        """Kill it with SIGKILL, as the out-of-memory killer or a power cut would."""
-        self._running.kill()
-        self._running.wait()
+        """Kill it with SIGKILL, as the kernel does when memory runs out."""
+        self._process.kill()
+        self._process.wait()
 
-    def stop(self) -> None:
-        """Ask it to stop, as an orchestrator would; kill it if it does not."""
-        self._running.terminate()
-        try:
-            self._running.wait(STOP_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
+    def restart(self) -> None:
+        """Start it again, and wait for it."""
+        self._process = self._launch()
+        self.wait_until_started()
 
     def check(self) -> None:
         """Raise when it has ended by itself."""
-        if self._running.poll() is not None:
-            raise DemoFailed(f"{self.name} ended by itself with exit code {self._running.returncode}")
+        if self._process.poll() is not None:
+            raise DemoFailed(f"{self.name} ended by itself with exit code {self._process.returncode}")
 
     def log_tail(self) -> str:
         """Return its last lines."""
@@ -209,13 +206,23 @@ class Relay:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._process:
-            self.stop()
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
-    @property
-    def _running(self) -> subprocess.Popen[bytes]:
-        assert self._process is not None, "start() comes first"
-        return self._process
+    def _launch(self) -> subprocess.Popen[bytes]:
+        # In a session of its own: Ctrl-C in the terminal is for the demo, which stops its relays in order.
+        with self._log_path.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "outbox_relay", "run"],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def _has_started(self) -> bool:
         self.check()
@@ -242,7 +249,7 @@ def _relays(
         ]
         try:
             for relay in relays:
-                relay.start()
+                relay.wait_until_started()
             say("Two relays run, each a process of its own; they share nothing but the database.")
             yield relays
         except (OutboxRelayError, TimeoutError, psycopg.Error) as error:
@@ -265,20 +272,18 @@ def _record_history(
         on_failure_too.callback(stop_writing.set)
         reader = threads.submit(read_topics, kafka.bootstrap_servers, topics=[topic], stop=stop_reading)
         writers = [
-            threads.submit(
-                write_orders, dsn, per_second=ORDERS_PER_SECOND / WRITERS, stop=stop_writing, random=Random(number)
-            )
-            for number in range(WRITERS)
+            threads.submit(write_orders, dsn, per_second=ORDERS_PER_SECOND / WRITERS, stop=stop_writing, random=random)
+            for random in map(Random, range(WRITERS))
         ]
         say(f"{WRITERS} writers commit and roll back about {ORDERS_PER_SECOND:g} orders a second for {seconds:g} s.")
 
-        _let_run([reader, *writers], seconds=(seconds - DEAD_SECONDS) / 2)
+        _let_run(writers, seconds=(seconds - DEAD_SECONDS) / 2)
         relays[0].kill()
         say(f"{relays[0].name} is killed with kill -9 under load; {relays[1].name} goes on alone.")
-        _let_run([reader, *writers], seconds=DEAD_SECONDS)
-        relays[0].start()
+        _let_run(writers, seconds=DEAD_SECONDS)
+        relays[0].restart()
         say(f"{relays[0].name} is back.")
-        _let_run([reader, *writers], seconds=(seconds - DEAD_SECONDS) / 2)
+        _let_run(writers, seconds=(seconds - DEAD_SECONDS) / 2)
 
         stop_writing.set()
         writes = [write for writer in writers for write in writer.result()]
@@ -287,3 +292,31 @@ def _record_history(
         say(f"The outbox is drained: {len(rows)} rows, each of them settled.")
         stop_reading.set()
         return History(writes, rows, reader.result())
+
+
+def _let_run(writers: Sequence[Future[list[Write]]], *, seconds: float) -> None:
+    """Let *seconds* pass; a writer that ends meanwhile has failed, and its error is raised."""
+    for ended in wait(writers, timeout=seconds, return_when=FIRST_COMPLETED).done:
+        ended.result()
+
+
+def _drained_rows(dsn: str, *, relays: Sequence[Relay]) -> list[Row]:
+    """Wait until every row is published or parked, and return them all."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+
+        def is_drained() -> bool:
+            for relay in relays:
+                relay.check()
+            return connection.execute(SELECT_UNSETTLED).fetchone() == (0,)
+
+        eventually(is_drained, timeout=DRAIN_TIMEOUT_SECONDS, message="the outbox was not drained")
+        return [
+            Row(message_id=message_id, key=key, sequence_no=sequence_no, state=State(state))
+            for message_id, key, sequence_no, state in connection.execute(SELECT_ROWS)
+        ]
+
+
+def _report(history: History) -> Report:
+    latencies = commit_to_arrival_seconds(history)
+    median, p99 = itemgetter(49, 98)(quantiles(latencies, n=100)) if len(latencies) > 1 else (None, None)
+    return Report(verdict=judge(history), latency_median_seconds=median, latency_p99_seconds=p99)

@@ -132,6 +132,24 @@ class Verdict:
         """Whether every promise of the relay was kept; a duplicate breaks none."""
         return not (self.lost or self.unexpected or self.reordered or self.false_mark or self.corrupted)
 
+    def counts(self) -> dict[str, int]:
+        """How many messages each word applies to, by name."""
+        return {
+            "committed": self.writes.get(Outcome.COMMITTED, 0),
+            "rolled_back": self.writes.get(Outcome.ROLLED_BACK, 0),
+            "unknown": self.writes.get(Outcome.UNKNOWN, 0),
+            "published": self.published,
+            "parked": len(self.parked),
+            "recovered": len(self.recovered),
+            "duplicated": len(self.duplicated),
+            "given_up": len(self.given_up),
+            "lost": len(self.lost),
+            "unexpected": len(self.unexpected),
+            "reordered": len(self.reordered),
+            "false_mark": len(self.false_mark),
+            "corrupted": len(self.corrupted),
+        }
+
 
 def judge(history: History) -> Verdict:
     """Compare what was committed with what was published. Linear in the history, but for a sort by offset."""

@@ -107,6 +107,8 @@ class MockCluster:
         """Make the client that the C interface wants as the owner of a cluster; it connects to nothing."""
         error = ctypes.create_string_buffer(ERROR_TEXT_BYTES)
         configuration = self._library.rd_kafka_conf_new()
+        # Silent, or it would warn that it has no servers to connect to.
+        self._library.rd_kafka_conf_set(configuration, b"log_level", b"0", error, ERROR_TEXT_BYTES)
         client: int | None = self._library.rd_kafka_new(RD_KAFKA_PRODUCER, configuration, error, ERROR_TEXT_BYTES)
         if client is None:
             raise KafkaUnavailable(f"librdkafka could not make a client: {error.value.decode()}")
@@ -126,6 +128,7 @@ def _load_library() -> ctypes.CDLL:
     numbers = ctypes.POINTER(ctypes.c_int)
     for name, result, arguments in (
         ("rd_kafka_conf_new", pointer, ()),
+        ("rd_kafka_conf_set", number, (pointer, text, text, text, ctypes.c_size_t)),
         ("rd_kafka_new", pointer, (number, pointer, text, ctypes.c_size_t)),
         ("rd_kafka_destroy", None, (pointer,)),
         ("rd_kafka_mock_cluster_new", pointer, (pointer, number)),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from outbox_relay.sandbox.kafka import Kafka, KafkaCluster
     from tests.fixtures.kafka import CreateTopic
 
+MESSAGE_TIMED_OUT = KafkaError._MSG_TIMED_OUT  # noqa: SLF001 -- the client has no other name for it
+
 
 class Sender:
     """A producer that remembers what became of its messages: None where one was acknowledged, else the error's code."""
@@ -41,7 +43,7 @@ def test_created_topic_is_usable_at_once(kafka: Kafka, topic: CreateTopic) -> No
 @pytest.mark.kafka
 def test_topics_do_not_come_into_being_by_themselves(kafka: Kafka, topic_prefix: str) -> None:
     sender = Sender(kafka.bootstrap_servers, allow_auto_create_topics="true", message_timeout_ms=3000)
-    assert sender.send(f"{topic_prefix}never-created") in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
+    assert sender.send(f"{topic_prefix}never-created") == MESSAGE_TIMED_OUT
 
 
 @pytest.mark.kafka
@@ -76,14 +78,14 @@ def test_three_brokers_survive_the_loss_of_one(kafka_cluster: KafkaCluster) -> N
 
 def test_injected_error_reaches_an_ordinary_producer(mock_cluster: MockCluster) -> None:
     mock_cluster.create_topic("orders")
-    mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.TOPIC_AUTHORIZATION_FAILED])
+    mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.INVALID_RECORD])
     sender = Sender(mock_cluster.bootstrap_servers)
-    assert [sender.send("orders"), sender.send("orders")] == [KafkaError.TOPIC_AUTHORIZATION_FAILED, None]
+    assert [sender.send("orders"), sender.send("orders")] == [KafkaError.INVALID_RECORD, None]
 
 
 def test_cleared_errors_reach_nobody(mock_cluster: MockCluster) -> None:
     mock_cluster.create_topic("orders")
-    mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.TOPIC_AUTHORIZATION_FAILED])
+    mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.INVALID_RECORD])
     mock_cluster.clear_errors(ApiKey.PRODUCE)
     assert Sender(mock_cluster.bootstrap_servers).send("orders") is None
 
@@ -101,7 +103,7 @@ def test_mock_broker_that_is_down_delivers_once_it_is_up(mock_cluster: MockClust
     mock_cluster.create_topic("orders")
     sender = Sender(mock_cluster.bootstrap_servers, message_timeout_ms=1000)
     mock_cluster.set_down()
-    assert sender.send("orders") == KafkaError._MSG_TIMED_OUT
+    assert sender.send("orders") == MESSAGE_TIMED_OUT
     mock_cluster.set_up()
     assert sender.send("orders") is None
 
@@ -111,7 +113,7 @@ def test_slow_mock_broker_makes_a_message_time_out(mock_cluster: MockCluster) ->
     sender = Sender(mock_cluster.bootstrap_servers, message_timeout_ms=1000)
     assert sender.send("orders") is None
     mock_cluster.set_round_trip(5000)
-    assert sender.send("orders") == KafkaError._MSG_TIMED_OUT
+    assert sender.send("orders") == MESSAGE_TIMED_OUT
 
 
 def test_mock_leader_moves_to_the_broker_that_was_named() -> None:

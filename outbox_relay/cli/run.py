@@ -1,0 +1,237 @@
+"""`outbox-relay run`: build the relay from the settings, and turn signals into its two levels of stopping."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import signal
+import time
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+import structlog
+
+from outbox_relay import __version__
+from outbox_relay.cli.exits import ExitCode
+from outbox_relay.cli.options import settings_options
+from outbox_relay.config import check_producer_config
+from outbox_relay.database import connect
+from outbox_relay.errors import DatabaseUnavailable
+from outbox_relay.observe import logs
+from outbox_relay.observe.health import HealthServer
+from outbox_relay.observe.metrics import Metrics
+from outbox_relay.observe.telemetry import Telemetry
+from outbox_relay.operate.schema import check_schema
+from outbox_relay.relay.claim import SHARDS, ClaimOptions
+from outbox_relay.relay.failures import Backoff
+from outbox_relay.relay.loop import LaneOptions
+from outbox_relay.relay.message import Addressing
+from outbox_relay.relay.publish import Publisher
+from outbox_relay.relay.relay import Relay, RelayOptions
+from outbox_relay.relay.watch import WatchOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from psycopg import Connection
+    from structlog.typing import FilteringBoundLogger
+
+    from outbox_relay.config import Configuration, Settings
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_POLL_SECONDS = 0.02
+_READABLE_FACTOR = 8  # jsonb takes more room than its text, a list of small numbers several times as much
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="Publish what is committed now, then exit.")
+@settings_options()
+def run(configuration: Configuration, *, once: bool) -> None:
+    """
+    Relay committed messages to Kafka until SIGTERM.
+
+    The first SIGTERM or SIGINT lets the batches in hand finish, the second ends the process at once. Neither loses a
+    message.
+    """
+    settings = configuration.settings
+    logs.configure(log_format=settings.log_format, level=settings.log_level, secrets=settings.secrets())
+    check_producer_config(settings.producer_config())
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, _STOP_SIGNALS
+    )  # taken by sigtimedwait, and never in the middle of a thread
+    raise SystemExit(_Process(settings).run_once() if once else _Process(settings).run())
+
+
+class _Process:
+    """One run of the daemon: its parts, and the order in which they start and stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._logger: FilteringBoundLogger = structlog.get_logger("outbox_relay")
+        self._addressing = _addressing(settings)
+        metrics = Metrics()
+        self._telemetry = Telemetry(logger=self._logger, metrics=metrics, topic_of=self._addressing.topic)
+        self._health = (
+            HealthServer(
+                host=settings.metrics_host,
+                port=settings.metrics_port,
+                metrics=metrics,
+                telemetry=self._telemetry,
+            )
+            if settings.metrics_port
+            else None
+        )
+
+    def run(self) -> int:
+        """Relay until a signal; wait for the database as long as it takes."""
+        with self._listening():
+            backoff = Backoff()
+            chance = random.Random()  # noqa: S311 -- jitter, no secret
+            while True:
+                try:
+                    relay = self._start()
+                    break
+                except DatabaseUnavailable as error:
+                    self._telemetry.database_lost("main", error)
+                    received = _signal_within(backoff.next_pause(chance))
+                    if received is not None:
+                        return _exit_code(received)
+            received = None
+            while received is None:
+                received = _signal_within(60.0)
+            return self._stop(relay, reason=received.name) or _exit_code(received)
+
+    def run_once(self) -> int:
+        """Relay what is committed now; raise if the database or Kafka is away."""
+        with self._listening():
+            relay = self._start()
+            through = relay.last_no()
+            received = None
+            try:
+                while received is None and not relay.is_drained(through):
+                    received = _signal_within(_POLL_SECONDS)
+            finally:
+                code = self._stop(relay, reason=received.name if received else "drained")
+            return code or (_exit_code(received) if received else 0)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        if self._health is None:
+            yield
+            return
+        self._health.start()
+        try:
+            yield
+        finally:
+            self._health.stop()
+
+    def _start(self) -> Relay:
+        """Check the database, then start the threads."""
+        settings = self._settings
+        with closing(self._connect("main", autocommit=True)) as connection:
+            warning = check_schema(connection, schema=settings.schema_name)
+            source = settings.source or f"{connection.info.dbname}.{settings.schema_name}"
+        self._telemetry.database_recovered("main")
+        if warning:
+            self._telemetry.schema_is_newer(warning)
+        relay = Relay(
+            options=_relay_options(settings, replace(self._addressing, source=source)),
+            connect=self._connect,
+            make_publisher=lambda: Publisher(settings.producer_config(), logger=_librdkafka_logger()),
+            telemetry=self._telemetry,
+        )
+        relay.start()
+        self._telemetry.relay_started(
+            version=__version__,
+            source=source,
+            lanes=settings.lanes,
+            settle=settings.settle,
+            ordering=settings.ordering,
+            on_poison=settings.on_poison,
+            pid=os.getpid(),
+        )
+        return relay
+
+    def _stop(self, relay: Relay, *, reason: str) -> int:
+        """Drain; give 0, or the exit code of a drain that did not come to its end."""
+        relay.drain(reason=reason)
+        deadline = time.monotonic() + self._settings.drain_timeout
+        while not (is_drained := relay.join(timeout=0.0)) and time.monotonic() < deadline:
+            again = _signal_within(_POLL_SECONDS)
+            if again is not None:
+                os._exit(128 + again)  # PostgreSQL frees what the lanes hold
+        self._telemetry.relay_stopped(is_drained=is_drained)
+        return 0 if is_drained else ExitCode.INTERNAL
+
+    def _connect(self, thread: str, *, autocommit: bool) -> Connection:
+        return connect(
+            self._settings.database_url.get_secret_value(),
+            application_name=f"outbox-relay {thread}",
+            autocommit=autocommit,
+        )
+
+
+def _signal_within(seconds: float) -> signal.Signals | None:
+    received = signal.sigtimedwait(_STOP_SIGNALS, seconds)
+    return None if received is None else signal.Signals(received.si_signo)
+
+
+def _exit_code(received: signal.Signals) -> int:
+    return ExitCode.INTERRUPTED if received is signal.SIGINT else 0
+
+
+def _addressing(settings: Settings) -> Addressing:
+    return Addressing(
+        template=settings.topic_template,
+        topics=settings.topic_map,
+        allowed=settings.allowed_topics,
+        source=settings.source,
+        readable_bytes=_READABLE_FACTOR * int(settings.producer_config().get("message.max.bytes", 1_000_000)),
+        is_ordered=settings.ordering == "sequence",
+    )
+
+
+def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
+    claim = ClaimOptions(
+        schema=settings.schema_name,
+        messages=settings.batch_size,
+        stored_bytes=settings.batch_bytes,
+        readable_bytes=addressing.readable_bytes,
+        shards=math.ceil(SHARDS / settings.lanes),
+        lock_timeout=settings.lock_timeout,
+        statement_timeout=settings.statement_timeout,
+        transaction_timeout=settings.transaction_timeout,
+        synchronous_commit=settings.synchronous_commit,
+    )
+    lane = LaneOptions(
+        claim=claim,
+        addressing=addressing,
+        settle=settings.settle,
+        on_poison=settings.on_poison,
+        publish_deadline=settings.publish_deadline,
+        sweep_interval=settings.sweep_interval,
+    )
+    watch = WatchOptions(
+        schema=settings.schema_name,
+        is_ordered=addressing.is_ordered,
+        ordering_timeout=settings.ordering_timeout,
+        poll_interval=settings.poll_interval,
+        idle_poll_interval=settings.idle_poll_interval,
+    )
+    return RelayOptions(lanes=settings.lanes, lane=lane, watch=watch)
+
+
+def _librdkafka_logger() -> logging.Logger:
+    logger = logging.getLogger("librdkafka")
+    if not logger.filters:
+        logger.addFilter(_is_news)
+    return logger
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a line says more than that a setting which we rely on is called experimental."""
+    return "enable.gapless.guarantee" not in record.getMessage()

@@ -1,0 +1,1 @@
+"""What others can see of the relay: logs, metrics and probes."""

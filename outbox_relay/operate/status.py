@@ -1,0 +1,58 @@
+"""What an operator asks first: how much waits, for how long, what is parked, and who holds the horizon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outbox_relay.database import translated_errors
+from outbox_relay.relay.horizon import OpenTransaction, describe, list_writers, observe
+from outbox_relay.sql import statement
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+MOST_COUNTED = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """
+    The state of one outbox.
+
+    Attributes:
+        unpublished: Messages that wait, counted up to `MOST_COUNTED`.
+        oldest_age_seconds: Age of the oldest of them by `created_at`; 0 when none waits.
+        parked: Messages set aside, counted up to `MOST_COUNTED`.
+        parked_keys: Keys they belong to.
+        writers: Open and prepared transactions that may still add lower numbers, the oldest first.
+    """
+
+    unpublished: int
+    oldest_age_seconds: float
+    parked: int
+    parked_keys: int
+    writers: list[OpenTransaction]
+
+
+def read_status(connection: Connection, *, schema: str) -> Status:
+    """
+    Look at the outbox in *schema*; *connection* is in autocommit mode.
+
+    Raises:
+        DatabaseUnavailable: The connection broke.
+        SchemaMismatch: There is no outbox in *schema*, or this role may not read it.
+    """
+    with translated_errors():
+        [row] = connection.execute(statement("backlog", schema=schema), {"most": MOST_COUNTED}).fetchall()
+    unpublished, oldest_age_seconds, parked, parked_keys = row
+    writers = _open_writers(connection, schema=schema)
+    return Status(unpublished, oldest_age_seconds, parked, parked_keys, writers)
+
+
+def _open_writers(connection: Connection, *, schema: str) -> list[OpenTransaction]:
+    """The relays hold a writer's lock too while they settle; an observation leaves them out."""
+    running = observe(connection, schema=schema).running
+    locked = list_writers(connection, schema=schema)
+    xids = [xid for xid in running if xid % 2**32 in locked]
+    return describe(connection, schema=schema, xids=xids)
