@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench lock clean
+.PHONY: help setup demo test lint format bench schema lock clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ format: setup  ## Format the code
 
 bench: setup  ## Measure throughput, latency and their limits; results in benchmarks/results (ARGS=--quick)
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+schema: setup  ## Renew the committed schema dump after a migration changed it
+	@OUTBOX_RELAY_TEST_RENEW_SCHEMA=1 $(BIN)/python -m pytest -q tests/integration/test_schema.py -k committed_dump
 
 lock: setup  ## Renew the locked requirements
 	@$(BIN)/uv pip compile pyproject.toml --group dev --extra demo --universal --python-version 3.11 \

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from outbox_relay.cli.exits import ExitCode
 from outbox_relay.sandbox.demo import run_demo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from outbox_relay.sandbox.demo import KafkaChoice, Report
-
-CHECK_FAILED = 5
 
 
 @click.command()
@@ -27,9 +26,7 @@ CHECK_FAILED = 5
     help="A mock cluster inside this process, or a real broker, which needs Java and Maven. "
     "Default: the cluster at KAFKA_BOOTSTRAP_SERVERS, or the mock where that is not set.",
 )
-@click.option(
-    "--seconds", type=click.FloatRange(min=5), default=15.0, show_default=True, help="How long orders come."
-)
+@click.option("--seconds", type=click.FloatRange(min=5), default=15.0, show_default=True, help="How long orders come.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
 def demo(*, kafka: KafkaChoice | None, seconds: float, as_json: bool) -> None:
     """
@@ -42,7 +39,7 @@ def demo(*, kafka: KafkaChoice | None, seconds: float, as_json: bool) -> None:
     report = run_demo(kafka=kafka, seconds=seconds, say=_steps())
     click.echo(_as_json(report) if as_json else _as_table(report))
     if not report.verdict.is_correct:
-        sys.exit(CHECK_FAILED)
+        sys.exit(ExitCode.CHECK_FAILED)
 
 
 def _steps() -> Callable[[str], None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce, wraps
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 import click
 from pydantic import ByteSize, SecretStr
@@ -38,8 +38,10 @@ def settings_options(*names: str) -> Callable[[_Command], _Command]:
             flags = {name: value for name in fields if (value := given.pop(name)) is not None}
             command(load(flags, config_file=config_file), **given)
 
-        options = [_CONFIG_OPTION, *(_option(name, field) for name, field in fields.items())]
-        return reduce(lambda decorated, option: option(decorated), reversed(options), cast("_Command", configured))
+        decorated: _Command = configured
+        for name, field in reversed(fields.items()):
+            decorated = _option(name, field)(decorated)
+        return _CONFIG_OPTION(decorated)
 
     return decorate
 

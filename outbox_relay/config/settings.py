@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from operator import le, lt
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,7 +18,7 @@ from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic
 from outbox_relay.config.names import PREFIX, env_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pydantic.fields import FieldInfo
 
@@ -115,7 +114,7 @@ class Settings(BaseSettings):
     the new topics, and order between the two is lost."""
 
     topic_map: Annotated[dict[str, Topic], NoDecode, BeforeValidator(_from_json)] = {}
-    """Topics of single aggregate types instead of the template; JSON in the environment: `{"order": "sales.orders"}`."""
+    """Topics of single aggregate types instead of the template; JSON in the environment: `{"order": "sales"}`."""
 
     allowed_topics: Annotated[frozenset[Topic], NoDecode, BeforeValidator(_from_json)] = frozenset()
     """The only topics the relay may write to; JSON in the environment. A message for any other is parked. Empty: every

@@ -24,6 +24,10 @@ Header = tuple[str, str | bytes | None]
 Key = tuple[str, str]
 OnPoison = Literal["park", "skip"]
 
+_NO_HEADERS: Mapping[str, str] = {}
+_JSON: Header = ("content-type", "application/json")
+_BYTES: Header = ("content-type", "application/octet-stream")
+
 
 class Message(NamedTuple):
     """
@@ -107,12 +111,12 @@ class Addressing:
             raise Unpublishable(f'topic "{topic}" is not among OUTBOX_RELAY_ALLOWED_TOPICS')
         return topic
 
-    def record(self, message: Message) -> Record:
+    def record(self, message: Message, *, topic: str) -> Record:
         """
         Make the Kafka record of *message*; its payload and its own headers go out as they are.
 
         Raises:
-            Unpublishable: The topic, a header, the size or the time stamp is none that Kafka accepts.
+            Unpublishable: A header, the size or the time stamp is none that Kafka accepts.
         """
         if message.stored_bytes > self.readable_bytes:
             raise Unpublishable(
@@ -120,7 +124,7 @@ class Addressing:
             )
         if message.created_at_ms < 0:
             raise Unpublishable("created_at is before 1970, which no Kafka timestamp can be")
-        own = _own_headers(message.headers) if message.headers != "{}" else {}
+        own = _own_headers(message.headers) if message.headers != "{}" else _NO_HEADERS
         headers: list[Header] = [
             ("id", message.message_id),
             ("event_type", message.event_type),
@@ -128,15 +132,16 @@ class Addressing:
             ("sequence_no", str(message.sequence_no)),
             ("source", self.source),
         ]
+        value: str | bytes | None = message.payload
+        content_type = _JSON
+        if value is None:
+            value, content_type = message.payload_bytes, _BYTES
+        if value is not None and "content-type" not in own:
+            headers.append(content_type)
         if message.is_unordered or not self.is_ordered:
             headers.append(("unordered", "1"))
-        if "content-type" not in own and message.payload is not None:
-            headers.append(("content-type", "application/json"))
-        elif "content-type" not in own and message.payload_bytes is not None:
-            headers.append(("content-type", "application/octet-stream"))
         headers += own.items()
-        value = message.payload if message.payload is not None else message.payload_bytes
-        return Record(self.topic(message.aggregate_type), message.aggregate_id, value, headers, message.created_at_ms)
+        return Record(topic, message.aggregate_id, value, headers, message.created_at_ms)
 
 
 def _own_headers(text: str) -> dict[str, str]:
@@ -172,6 +177,7 @@ def prepare(messages: Sequence[Message], *, addressing: Addressing, on_poison: O
     Under "park" nothing is sent behind such a message of its key, nor behind one that is parked already.
     """
     prepared = Prepared([], [], [None] * len(messages))
+    topics: dict[str, str] = {}
     stopped_keys: set[Key] = set()
     for index, message in enumerate(messages):
         if message.is_behind_parked and on_poison == "park":
@@ -180,7 +186,10 @@ def prepare(messages: Sequence[Message], *, addressing: Addressing, on_poison: O
             prepared.outcomes[index] = WITHDRAWN
         else:
             try:
-                prepared.records.append(addressing.record(message))
+                topic = topics.get(message.aggregate_type)
+                if topic is None:
+                    topic = topics[message.aggregate_type] = addressing.topic(message.aggregate_type)
+                prepared.records.append(addressing.record(message, topic=topic))
                 prepared.indexes.append(index)
             except Unpublishable as error:
                 prepared.outcomes[index] = Failure(Scope.MESSAGE, "unpublishable", str(error))

@@ -55,6 +55,7 @@ DEAD_SECONDS = 2.0
 START_TIMEOUT_SECONDS = 30.0
 DRAIN_TIMEOUT_SECONDS = 30.0
 STOP_TIMEOUT_SECONDS = 30.0
+DELETE_TIMEOUT_SECONDS = 10.0
 LOG_TAIL_LINES = 8
 
 SELECT_ROWS = """
@@ -95,6 +96,7 @@ def run_demo(*, kafka: KafkaChoice | None, seconds: float, say: Callable[[str], 
 
     Raises:
         ConfigurationError: A part is missing on this machine; the message says how to get it.
+        KafkaUnavailable: Nobody answers at KAFKA_BOOTSTRAP_SERVERS, or the topic was refused.
         DemoFailed: A relay ended by itself, or the outbox was not drained in time.
     """
     with (
@@ -131,10 +133,12 @@ def _postgres(directory: Path, *, say: Callable[[str], None]) -> Iterator[str]:
 
 @contextmanager
 def _kafka(choice: KafkaChoice | None, directory: Path, *, say: Callable[[str], None]) -> Iterator[Kafka | MockCluster]:
-    own = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
-    if own and choice is None:
-        say(f"Kafka is yours, at {own}.")
-        yield Kafka(own)
+    own = Kafka(os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""))
+    if own.bootstrap_servers and choice is None:
+        if not own.brokers_seen():
+            raise KafkaUnavailable(f"no Kafka answers at KAFKA_BOOTSTRAP_SERVERS={own.bootstrap_servers}")
+        say(f"Kafka is yours, at {own.bootstrap_servers}.")
+        yield own
     elif choice == "broker":
         if lack := what_a_broker_lacks():
             raise ConfigurationError(lack)
@@ -166,7 +170,15 @@ def _topic(kafka: Kafka | MockCluster, *, say: Callable[[str], None]) -> Iterato
         yield topic, template
     finally:
         if isinstance(kafka, Kafka):
-            AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).delete_topics([topic])[topic].result()
+            _delete_topic(topic, kafka=kafka, say=say)
+
+
+def _delete_topic(topic: str, *, kafka: Kafka, say: Callable[[str], None]) -> None:
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    try:
+        admin.delete_topics([topic])[topic].result(DELETE_TIMEOUT_SECONDS)
+    except (KafkaException, TimeoutError) as error:
+        say(f"Topic {topic} could not be deleted: {error}")
 
 
 class Relay:
