@@ -55,8 +55,10 @@ def connect(conninfo: str, *, application_name: str, autocommit: bool = False) -
     """
     try:
         given = conninfo_to_dict(conninfo)
-    except psycopg.ProgrammingError as error:
-        raise ConfigurationError(f"OUTBOX_RELAY_DATABASE_URL is no connection string: {str(error).strip()}") from error
+    except psycopg.ProgrammingError:  # its words quote the string, and with it perhaps a password
+        raise ConfigurationError(
+            "OUTBOX_RELAY_DATABASE_URL is no connection string: write postgresql://user@host/database",
+        ) from None
     settings = _CLIENT_DEFAULTS | {"application_name": application_name} | given
     with translated_errors():
         connection = psycopg.connect("", autocommit=autocommit, **settings)  # type: ignore[arg-type]

@@ -77,7 +77,11 @@ def _as_table(report: Report) -> str:
         ("parked", f"{counts['parked']:,}", "put aside because Kafka will never take them"),
         ("given up on", f"{counts['given_up']:,}", "late, and marked as such"),
         ("duplicates", f"{counts['duplicated']:,}", "allowed: delivery is at least once"),
-        ("latency, median", _milliseconds(report.latency_median_seconds), "from commit to consumer"),
+        (
+            "latency, median",
+            _milliseconds(report.latency_median_seconds),
+            "from commit to consumer; transactions that overlap are waited for",
+        ),
         ("latency, p99", _milliseconds(report.latency_p99_seconds), ""),
     ]
     conclusion = (

@@ -41,14 +41,11 @@ def _lines(details: ErrorDetails) -> Iterator[str]:
 
 def _problem(details: ErrorDetails, *, name: str) -> str:
     if details["type"] == "extra_forbidden":
-        return f"unknown setting{did_you_mean(env_name(name), known=_known())}"
+        known = [*map(str.upper, Settings.fields()), "CONFIG", "SECRETS_DIR"]
+        return f"unknown setting{did_you_mean(name.upper(), known=known, prefix=PREFIX)}"
     if name.startswith("kafka."):
         return "not a string, a number or a boolean"
     if details["type"] in _LIMITS:
         return _LIMITS[details["type"]].format(input=details["input"], **details["ctx"])
     message = details["msg"][0].lower() + details["msg"][1:]
     return message if name in _WITH_SECRETS else f"{details['input']!r}: {message}"
-
-
-def _known() -> list[str]:
-    return [*map(env_name, Settings.fields()), f"{PREFIX}CONFIG", f"{PREFIX}SECRETS_DIR"]

@@ -18,7 +18,7 @@ def env_name(name: str) -> str:
     return f"{PREFIX}{field}{'__' if dot else ''}{librdkafka_name.replace('.', '_')}".upper()
 
 
-def did_you_mean(name: str, *, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for the closest of *known*, or nothing when none is close."""
+def did_you_mean(name: str, *, known: Iterable[str], prefix: str = "") -> str:
+    """Return `; did you mean ...?` for the closest of *known*, shown after *prefix*, or nothing when none is close."""
     matches = get_close_matches(name, known, n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""

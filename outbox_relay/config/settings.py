@@ -101,7 +101,8 @@ class Settings(BaseSettings):
     """Connection string of the database that holds the outbox, as URL or `key=value`. Empty: libpq decides, from `PG*`
     variables, the service file and the password file."""
 
-    schema_name: Annotated[str, Field(alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = "public"
+    # pydantic has a method of the name `schema`
+    schema_name: str = Field(default="public", alias="schema", pattern=r"^[a-z_][a-z0-9_]{0,62}$")
     """Schema of the outbox tables, a plain lower-case identifier. Another one than the migrations were applied to: the
     relay refuses to start."""
 

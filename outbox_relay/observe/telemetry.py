@@ -176,9 +176,9 @@ class Telemetry:
         """Log the recovery when the last thread has noticed it."""
         self._part_recovered("database", thread, events.DATABASE_RECOVERED)
 
-    def lane_failed(self, lane: str, error: Exception) -> None:
+    def thread_failed(self, thread: str, error: Exception) -> None:
         """Log an error that nobody expected, with its traceback."""
-        self._logger.error(events.LANE_FAILED, lane=lane, error=repr(error), exc_info=error)
+        self._logger.error(events.THREAD_FAILED, thread=thread, error=repr(error), exc_info=error)
 
     def _part_lost(self, part: str, thread: str, event: str, **facts: object) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from outbox_relay.relay.message import Message
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from psycopg import Connection
     from psycopg.rows import TupleRow
@@ -83,6 +83,11 @@ class Floors:
         forgotten, self._floors = self._floors, [0] * SHARDS
         return forgotten
 
+    def restore(self, floors: Sequence[int], *, shards: Iterable[int]) -> None:
+        """Take back the former floors of *shards*."""
+        for shard in shards:
+            self._floors[shard] = floors[shard]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -93,13 +98,13 @@ class Batch:
         messages: Claimed messages in sequence order. They stay locked until the transaction ends.
         generations: Generation of every shard, by number.
         drained: Shards in which nothing was left to claim.
-        waiting: Number of shards that have messages which this claim did not take: another lane holds them.
+        waiting: Shards that have messages which this claim did not take: another lane holds them.
     """
 
     messages: list[Message]
     generations: list[int]
     drained: list[int]
-    waiting: int
+    waiting: list[int]
 
     @property
     def stored_bytes(self) -> int:
@@ -172,7 +177,7 @@ def _batch(rows: Sequence[TupleRow]) -> Batch:
     messages: list[Message] = []
     generations = [0] * SHARDS
     drained = []
-    waiting = 0
+    waiting = []
     for row in rows:
         shard, generation, is_drained = row[2], row[-2], row[-1]
         generations[shard] = generation
@@ -181,6 +186,6 @@ def _batch(rows: Sequence[TupleRow]) -> Batch:
         elif is_drained:
             drained.append(shard)
         else:
-            waiting += 1
+            waiting.append(shard)
     messages.sort(key=attrgetter("sequence_no"))
     return Batch(messages, generations, drained, waiting)

@@ -13,7 +13,6 @@ import math
 import random
 import time
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from outbox_relay.relay.claim import Batch, ClaimOptions, Floors, claim, next_li
 from outbox_relay.relay.failures import Backoff, Failure, Outcome, Scope
 from outbox_relay.relay.holds import HeldTopics
 from outbox_relay.relay.message import Addressing, OnPoison, prepare
+from outbox_relay.relay.session import work_until_stopped
 from outbox_relay.relay.settle import Settlement, SettleMode, decide, settle
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Lane:
         self._stop = stop
         self._chance = random.Random()  # noqa: S311 -- jitter, no secret
         self._holds = HeldTopics(self._chance)
-        self._database_backoff = Backoff()
+        self._conflict_backoff = Backoff()
         self._kafka_backoff = Backoff()
         self._kafka_is_ready = False
         self._limits = options.claim
@@ -98,17 +98,22 @@ class Lane:
 
     def run(self) -> None:
         """Work until stopped. The batch in hand is finished first; nothing is claimed after the stop."""
-        while not self._stop.is_set():
-            try:
-                self._await_kafka()
-                with closing(self._connect()) as connection:
-                    self._work(connection)
-            except OutboxRelayError as error:
-                self._lose_database(error)
-            except Exception as error:  # noqa: BLE001 -- a lane that ends silently is worse than one that tries again
-                self._telemetry.lane_failed(self.name, error)
-                self._lose_database(error)
+        work_until_stopped(
+            self.name,
+            schema=self._limits.schema,
+            connect=self._connect,
+            work=self._work,
+            lose=self._lose,
+            telemetry=self._telemetry,
+            stop=self._stop,
+        )
         self._publisher.close()
+
+    def _lose(self, error: Exception) -> None:
+        """Trust nothing that was known of the server; after an unforeseen error, nor the producer."""
+        self._watch.reset()
+        if not isinstance(error, OutboxRelayError):
+            self._publisher.close()
 
     def _forget(self) -> None:
         """Start as if new: behind a new connection may be another server."""
@@ -120,7 +125,6 @@ class Lane:
 
     def _work(self, connection: Connection) -> None:
         """Take turns on one connection until it breaks or the lane is stopped."""
-        self._telemetry.database_recovered(self.name)
         self._forget()
         while not self._stop.is_set():
             self._await_kafka()
@@ -128,22 +132,25 @@ class Lane:
             try:
                 self._probe_held_topics()
                 through = self._await_work()
-                if through and not self._stop.is_set():
+                if through is not None and not self._stop.is_set():
                     self._turn(connection, through=through)
             except DatabaseConflict as error:
                 connection.rollback()
                 self._telemetry.claim_conflicted(self.name, error)
-                self._stop.wait(self._database_backoff.next_pause(self._chance))
+                self._stop.wait(self._conflict_backoff.next_pause(self._chance))
             except KafkaUnavailable as error:
                 connection.rollback()
                 self._lose_kafka(str(error))
 
-    def _await_work(self) -> int:
-        """Wait for a higher horizon, or until a claim or a sweep is due without one; give the horizon."""
+    def _await_work(self) -> int | None:
+        """Wait until the horizon moves, or a claim or a sweep is due; give the horizon, or None if nothing is."""
         if self._watch.late_writers_ended != self._late_writers_seen:
             self._sweep_at = 0.0
-        timeout = min(min(self._claim_at, self._sweep_at) - time.monotonic(), _MOST_WAIT_SECONDS)
-        return self._watch.wait_beyond(self._claimed_through, timeout=max(timeout, 0.0))
+        due_at = min(self._claim_at, self._sweep_at)
+        timeout = min(due_at - time.monotonic(), _MOST_WAIT_SECONDS)
+        through = self._watch.wait_beyond(self._claimed_through, timeout=max(timeout, 0.0))
+        is_due = through > self._claimed_through or time.monotonic() >= due_at
+        return through if through and is_due else None
 
     def _turn(self, connection: Connection, *, through: int) -> None:
         """Claim, publish, settle, commit. Nothing is remembered before the commit: what fails is claimed again."""
@@ -157,6 +164,8 @@ class Lane:
             held_types=self._holds.aggregate_types,
         )
         claimed = time.monotonic()
+        if batch.may_have_more(self._limits):
+            self._watch.wake_one()
         if swept_floors is not None:
             self._end_sweep(batch, swept_floors, seconds=claimed - started)
         if not batch.messages:
@@ -213,7 +222,7 @@ class Lane:
         elif not batch.messages:
             self.drained_through = through
         self._limits = next_limits(self._limits, batch, most=self._options.claim.messages)
-        self._database_backoff.reset()
+        self._conflict_backoff.reset()
 
     def _begin_sweep(self, *, now: float) -> list[int] | None:
         """Forget the floors when a sweep is due, so that the next claim finds late messages too."""
@@ -223,10 +232,15 @@ class Lane:
         return self._floors.forget()
 
     def _end_sweep(self, batch: Batch, floors: Sequence[int], *, seconds: float) -> None:
-        """Count the late messages and schedule the next sweep; it may take a twentieth of the time at most."""
+        """
+        Count the late messages and schedule the next sweep; it may take a twentieth of the time at most.
+
+        Shards that other lanes held were not looked at: they keep their floors, and those lanes sweep them.
+        """
         self._sweep_at = time.monotonic() + max(self._options.sweep_interval, 20 * seconds)
+        self._floors.restore(floors, shards=batch.waiting)
         late = sum(message.sequence_no <= floors[message.shard] for message in batch.messages)
-        if late:
+        if late and self._options.addressing.is_ordered:
             self._telemetry.late_messages_found(late)
 
     def _react(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
@@ -283,8 +297,3 @@ class Lane:
         self._kafka_is_ready = False
         self._telemetry.kafka_lost(self.name, reason)
         self._stop.wait(self._kafka_backoff.next_pause(self._chance))
-
-    def _lose_database(self, error: Exception) -> None:
-        self._telemetry.database_lost(self.name, error)
-        self._watch.reset()
-        self._stop.wait(self._database_backoff.next_pause(self._chance))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outbox_relay.errors import OutboxRelayError
 from outbox_relay.relay import horizon as stage
-from outbox_relay.relay.failures import Backoff
 from outbox_relay.relay.horizon import Horizon
+from outbox_relay.relay.session import work_until_stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,8 +60,8 @@ class HorizonWatch:
 
     @property
     def through(self) -> int:
-        """The horizon: no number up to this one can still appear, but late ones."""
-        return self._horizon.through
+        """The horizon: no number up to this one can still appear, but late ones. 0 while it is not known."""
+        return 0 if self._has_to_reset else self._horizon.through
 
     @property
     def late_writers_ended(self) -> int:
@@ -86,36 +84,37 @@ class HorizonWatch:
         with self._moved:
             self._moved.notify_all()
 
+    def wake_one(self) -> None:
+        """Wake a lane that waits, if any: there is work for one more."""
+        with self._moved:
+            self._moved.notify()
+
     def run(self) -> None:
-        """Poll until stopped; a lost connection is made anew, with growing pauses."""
-        backoff = Backoff()
-        chance = random.Random()  # noqa: S311 -- jitter, no secret
-        while not self._stopped.is_set():
-            try:
-                with self._connect() as connection:
-                    self._telemetry.database_recovered("horizon")
-                    backoff.reset()
-                    self._horizon.reset()
-                    self._poll_until_stopped(connection)
-            except OutboxRelayError as error:
-                self._telemetry.database_lost("horizon", error)
-                self._stopped.wait(backoff.next_pause(chance))
+        """Poll until stopped."""
+        work_until_stopped(
+            "horizon",
+            schema=self._options.schema,
+            connect=self._connect,
+            work=self._poll_until_stopped,
+            lose=lambda _error: self.reset(),
+            telemetry=self._telemetry,
+            stop=self._stopped,
+        )
 
     def _poll_until_stopped(self, connection: Connection) -> None:
         while not self._stopped.is_set():
             if self._has_to_reset:
-                self._has_to_reset = False
                 self._horizon.reset()
-            before = self.through
+                self._has_to_reset = False
+            before = self._horizon.through
             self._poll(connection)
             self._telemetry.horizon_polled(held_seconds=self._horizon.held_for(now=time.monotonic()))
-            if self.through > before:
+            if self._horizon.through > before:
                 self._announce()
             self._stopped.wait(self._next_pause())
 
     def _announce(self) -> None:
-        with self._moved:
-            self._moved.notify_all()
+        self.wake_one()
         if self._reported:
             self._reported = frozenset()
             self._telemetry.horizon_released()

@@ -174,7 +174,7 @@ def _topic(kafka: Kafka | MockCluster, *, say: Callable[[str], None]) -> Iterato
 
 
 def _delete_topic(topic: str, *, kafka: Kafka, say: Callable[[str], None]) -> None:
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0})
     try:
         admin.delete_topics([topic])[topic].result(DELETE_TIMEOUT_SECONDS)
     except (KafkaException, TimeoutError) as error:

@@ -160,7 +160,7 @@ class KafkaCluster(Kafka):
     def __enter__(self) -> Self:
         try:
             self.start()
-        except BaseException:
+        except BaseException:  # Ctrl-C too must not leave nodes behind
             self.__exit__()
             raise
         return self

@@ -169,7 +169,11 @@ class PostgresServer:
         self._end(signal.SIGKILL)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C too must not leave it behind
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_exception: object) -> None:

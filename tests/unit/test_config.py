@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from docs.generate import CONFIGURATION, configuration
 
+from docs.generate import CONFIGURATION, configuration
 from outbox_relay.config import Settings, load
 from outbox_relay.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SECRET = "hunter2"  # noqa: S105 -- what must not be shown
 
@@ -46,7 +49,7 @@ def test_each_source_wins_over_those_below_it(monkeypatch: pytest.MonkeyPatch, t
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     names = ["batch_size", "lanes", "metrics_port", "source", "schema"]
-    file = toml(tmp_path, "".join(f"{name} = {value}\n" for name, value in zip(names, ["1", "1", "1", '"1"', '"a"'])))
+    file = toml(tmp_path, 'batch_size = 1\nlanes = 1\nmetrics_port = 1\nsource = "1"\nschema = "a"\n')
     for name in names[:4]:
         (secrets / f"OUTBOX_RELAY_{name.upper()}").write_text("2\n")
     for name in names[:3]:
@@ -136,8 +139,10 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         (
             {"TOPIC_MAP": "{"},
             [
-                "OUTBOX_RELAY_TOPIC_MAP: not JSON: Expecting property name enclosed in double quotes: "
-                "line 1 column 2 (char 1)"
+                (
+                    "OUTBOX_RELAY_TOPIC_MAP: not JSON: Expecting property name enclosed in double quotes: "
+                    "line 1 column 2 (char 1)"
+                )
             ],
         ),
         (
@@ -147,8 +152,10 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         (
             {"TOPIC_TEMPLATE": "{aggregate_id}"},
             [
-                "OUTBOX_RELAY_TOPIC_TEMPLATE: '{aggregate_id}' is no topic template: "
-                "its only placeholder is {aggregate_type}"
+                (
+                    "OUTBOX_RELAY_TOPIC_TEMPLATE: '{aggregate_id}' is no topic template: "
+                    "its only placeholder is {aggregate_type}"
+                )
             ],
         ),
         (
@@ -162,8 +169,10 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         (
             {"DATABASE_URL": f"{SECRET} {SECRET}"},
             [
-                "OUTBOX_RELAY_DATABASE_URL: not a connection string: write postgresql://user@host/database or "
-                "host=... dbname=...; the value is not shown because it may hold a password"
+                (
+                    "OUTBOX_RELAY_DATABASE_URL: not a connection string: write postgresql://user@host/database or "
+                    "host=... dbname=...; the value is not shown because it may hold a password"
+                )
             ],
         ),
         (

@@ -42,8 +42,10 @@ def with_kafka(properties: dict[str, ProducerSetting]) -> Settings:
         ),
         (
             {"max.in.flight": 6},
-            "MAX_IN_FLIGHT_REQUESTS_PER_CONNECTION: more than 5 requests in flight lose the order of messages: "
-            "set 1 to 5",
+            (
+                "MAX_IN_FLIGHT_REQUESTS_PER_CONNECTION: more than 5 requests in flight lose the order of messages: "
+                "set 1 to 5"
+            ),
         ),
         (
             {"delivery.report.only.error": True},
