@@ -178,7 +178,7 @@ class _Process:
 
 
 def _collect_garbage_rarely() -> None:
-    """Look for cycles less often: a batch is tens of thousands of tuples without any, and it cost a third of its time."""
+    """Look for cycles less often: a batch is tens of thousands of tuples without any, and costs a third more."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 10, 10)

@@ -88,7 +88,7 @@ class Report:
 
 def run_demo(*, kafka: KafkaChoice | None, seconds: float, say: Callable[[str], None]) -> Report:
     """
-    Run the whole demo, about fifteen seconds longer than *seconds* of load, and leave nothing behind.
+    Run the whole demo, a few seconds longer than *seconds* of load, and leave nothing behind.
 
     Args:
         kafka: Which Kafka to start; None means the one at KAFKA_BOOTSTRAP_SERVERS, or the mock where that is not set.
@@ -163,7 +163,7 @@ def _topic(kafka: Kafka | MockCluster, *, say: Callable[[str], None]) -> Iterato
     topic = template.format(aggregate_type=AGGREGATE_TYPE)
     try:
         kafka.create_topic(topic, partitions=PARTITIONS)
-    except KafkaException as error:
+    except (KafkaException, TimeoutError) as error:
         raise KafkaUnavailable(f"the demo could not create its topic at {kafka.bootstrap_servers}: {error}") from error
     say(f"Topic {topic} has {PARTITIONS} partitions.")
     try:
@@ -299,9 +299,9 @@ def _record_history(
 
         stop_writing.set()
         writes = [write for writer in writers for write in writer.result()]
-        say(f"The writers stop after {len(writes)} transactions.")
+        say(f"The writers stop after {len(writes):,} transactions.")
         rows = _drained_rows(dsn, relays=relays)
-        say(f"The outbox is drained: {len(rows)} rows, each of them settled.")
+        say(f"The outbox is drained: {len(rows):,} rows, each of them settled.")
         stop_reading.set()
         return History(writes, rows, reader.result())
 

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox_relay.relay.failures import BEHIND_PARKED, NO_REPORT, WITHDRAWN, Failure, Outcome, Scope
-from outbox_relay.relay.message import Key, Message, OnPoison
 from outbox_relay.relay.settle import Parked, Settlement, decide
+from tests.fixtures.outbox import message
+
+if TYPE_CHECKING:
+    from outbox_relay.relay.message import Key, Message, OnPoison
 
 REFUSED = Failure(Scope.MESSAGE, "MSG_SIZE_TOO_LARGE", "Broker: Message size too large")
 MISSING_TOPIC = Failure(Scope.TOPIC, "UNKNOWN_TOPIC_OR_PART", "Broker: Unknown topic or partition")
-
-
-def message(number: int, key: str = "k", *, aggregate_type: str = "order") -> Message:
-    return Message(
-        id=1000 + number,
-        sequence_no=number,
-        shard=0,
-        message_id=f"message-{number}",
-        aggregate_type=aggregate_type,
-        aggregate_id=key,
-        event_type="placed",
-        payload="{}",
-        payload_bytes=None,
-        headers="{}",
-        created_at_ms=0,
-        stored_bytes=2,
-        is_unordered=False,
-        is_behind_parked=False,
-    )
 
 
 def test_everything_acknowledged_is_published() -> None:
@@ -112,9 +97,9 @@ def test_every_message_is_in_exactly_one_list_in_sequence_order(
     batch: list[tuple[str, Outcome]], on_poison: OnPoison
 ) -> None:
     messages, settlement = decided(batch, on_poison=on_poison)
-    lists = [settlement.published, [parked.message for parked in settlement.parked], settlement.unsettled]
-    assert sorted(sum(lists, [])) == messages
-    assert all(each == sorted(each) for each in lists)
+    parked = [each.message for each in settlement.parked]
+    assert sorted(settlement.published + parked + settlement.unsettled) == messages
+    assert all(part == sorted(part) for part in (settlement.published, parked, settlement.unsettled))
 
 
 @given(batches, st.sampled_from(["park", "skip"]))

@@ -1,0 +1,52 @@
+"""How much is measured: the sizes of every scenario."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """
+    Sizes of all scenarios; the defaults are those of the full run.
+
+    Attributes:
+        repeat: How often everything is measured; the tables have the median, the least and the most.
+        drain_messages: Backlog to drain.
+        drain_relays: Processes, and lanes of each, that drain it.
+        latency_rates: Transactions a second.
+        latency_seconds: How long each rate is measured, after `warm_up_seconds` at the same rate.
+        snapshot_messages: Backlog that is drained while a snapshot is held open.
+        published_rows: Published rows that a claim has to stay clear of, in rising order.
+        claims: Claims timed beside each number of published rows.
+        open_transactions: Bystanders while the horizon looks for writers, in rising order.
+        looks: Looks timed beside each number of bystanders.
+        idle_seconds: How long an idle relay is watched.
+    """
+
+    repeat: int = 3
+    drain_messages: int = 400_000
+    drain_relays: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
+    latency_rates: tuple[int, ...] = (500, 2_000, 5_000)
+    latency_seconds: float = 20.0
+    warm_up_seconds: float = 5.0
+    snapshot_messages: int = 200_000
+    published_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    claims: int = 20
+    open_transactions: tuple[int, ...] = (0, 50, 150, 300)
+    looks: int = 100
+    idle_seconds: float = 20.0
+
+
+FULL = Plan()
+QUICK = Plan(
+    repeat=1,
+    drain_messages=100_000,
+    drain_relays=((1, 1), (1, 2), (2, 2)),
+    latency_seconds=5.0,
+    warm_up_seconds=2.0,
+    snapshot_messages=100_000,
+    published_rows=(10_000, 100_000, 1_000_000),
+    open_transactions=(0, 50, 150),
+    idle_seconds=5.0,
+)

@@ -1,0 +1,74 @@
+"""Tables of figures, as markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import confluent_kafka
+import psycopg
+
+from outbox_relay import __version__
+from outbox_relay.sandbox.kafka import KAFKA_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What a scenario found, and in a few sentences how."""
+
+    title: str
+    method: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """Give it as a section; text to the left in the first column, figures to the right."""
+        lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"## {self.title}\n\n{self.method}\n\n{table}\n"
+
+
+def spread(values: Sequence[float], *, digits: int = 0) -> str:
+    """Give the median, and behind it the least and the most when there is more than one value."""
+    middle, least, most = (f"{value:,.{digits}f}" for value in (median(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({least} - {most})"
+
+
+def share(values: Sequence[float], *, of: Sequence[float]) -> str:
+    """Give the ratio of two medians in percent."""
+    return f"{median(values) / median(of):.0%}"
+
+
+def document(tables: Iterable[Table], *, dsn: str, settings: Mapping[str, str], repeat: int) -> str:
+    """Give the whole report; it has no date, so that two runs can be compared line by line."""
+    return "\n".join([_header(dsn, settings=settings, repeat=repeat), *(table.markdown() for table in tables)])
+
+
+def _header(dsn: str, *, settings: Mapping[str, str], repeat: int) -> str:
+    with psycopg.connect(dsn) as connection:
+        postgres = connection.info.parameter_status("server_version")
+        durability = {name: connection.execute(f"SHOW {name}").fetchone() for name in ("fsync", "full_page_writes")}
+    shown = {name: value for name, (value,) in durability.items()} | dict(settings)
+    facts = {
+        "outbox-relay": __version__,
+        "PostgreSQL": f"{postgres}, {', '.join(f'{name} = {value}' for name, value in shown.items())}",
+        "Kafka": f"{KAFKA_VERSION}, one broker on this machine with a heap of 512 MB",
+        "librdkafka": f"{confluent_kafka.libversion()[0]} (confluent-kafka {confluent_kafka.version()})",
+        "psycopg": f"{psycopg.__version__} ({psycopg.pq.__impl__})",
+        "Python": platform.python_version(),
+        "Machine": f"{len(os.sched_getaffinity(0))} cores ({_processor()}), shared by everything that is measured",
+        "Figures": f"median (least - most) of {repeat}" if repeat > 1 else "measured once",
+    }
+    return "# Benchmark results\n\n" + "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,140 @@
+"""Relays are killed, stopped and frozen under load: nothing is lost, nothing overtakes, duplicates stay bounded."""
+
+from __future__ import annotations
+
+import signal
+import time
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from tests.fixtures.load import Plan, commit_messages
+from tests.fixtures.pipeline import flaws
+from tests.fixtures.waiting import eventually
+
+if TYPE_CHECKING:
+    from tests.fixtures.daemon import Daemon
+    from tests.fixtures.pipeline import Pipeline
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+KILLS = 20
+LANES = 2
+BATCH_SIZE = 500
+ZOMBIES = 3
+PLAN = Plan(writers=8, bulk_rows=100)
+
+
+def started(pipeline: Pipeline, **settings: str | float) -> Daemon:
+    relay = pipeline.relay(lanes=LANES, batch_size=BATCH_SIZE, **settings)
+    relay.wait_for_event("relay_started")
+    return relay
+
+
+def test_twenty_kills_lose_nothing_and_repeat_no_more_than_the_batches_in_hand(pipeline: Pipeline, seed: int) -> None:
+    random = Random(seed)  # noqa: S311 -- repeatable
+    relays = [started(pipeline) for _ in range(2)]
+    with pipeline.load(PLAN) as load:
+        for _ in range(KILLS):
+            load.await_more(random.randrange(500))
+            victim = random.randrange(len(relays))
+            relays[victim].kill()
+            assert relays[victim].wait() == -signal.SIGKILL
+            relays[victim] = started(pipeline)
+    pipeline.await_settled()
+    for relay in relays:
+        relay.kill()
+    verdict = pipeline.judge(load.writes)
+    assert flaws(verdict).keys() <= {"duplicated"}
+    assert len(verdict.duplicated) <= KILLS * LANES * BATCH_SIZE
+
+
+def test_sigterm_under_load_finishes_the_batches_in_hand(pipeline: Pipeline, seed: int) -> None:
+    random = Random(seed)  # noqa: S311 -- repeatable
+    with pipeline.load(PLAN) as load:
+        for _ in range(6):
+            with started(pipeline) as relay:
+                load.await_more(random.randrange(1, 2_000))
+                relay.terminate()
+                assert relay.wait() == 0
+                assert relay.wait_for_event("relay_stopped")["is_drained"] is True
+    with started(pipeline):
+        pipeline.await_settled()
+    assert flaws(pipeline.judge(load.writes)) == {}
+
+
+def test_a_second_signal_ends_the_relay_at_once(pipeline: Pipeline) -> None:
+    with pipeline.database.connect() as blocker, pipeline.database.connect() as writer:
+        writes = commit_messages(writer, "order-1")
+        blocker.execute("SELECT FROM outbox FOR UPDATE")
+        with started(pipeline, lock_timeout=25) as relay:
+            eventually(lambda: waits_for_lock(pipeline))
+            relay.terminate()
+            relay.wait_for_event("relay_draining")
+            signalled_at = time.monotonic()
+            relay.terminate()
+            assert relay.wait() == 128 + signal.SIGTERM
+            assert time.monotonic() - signalled_at < 2
+    with started(pipeline):
+        pipeline.await_settled()
+    assert flaws(pipeline.judge(writes)) == {}
+
+
+def waits_for_lock(pipeline: Pipeline) -> bool:
+    query = """
+        SELECT FROM pg_stat_activity
+        WHERE datname = current_database() AND application_name LIKE 'outbox-relay lane%' AND wait_event_type = 'Lock'
+    """
+    with pipeline.database.connect() as connection:
+        return connection.execute(query).fetchone() is not None
+
+
+def test_a_relay_frozen_beyond_its_transaction_does_no_harm_when_it_goes_on(pipeline: Pipeline) -> None:
+    short_times = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
+    frozen_dsn = make_conninfo(pipeline.database.dsn, application_name="frozen")
+    with (
+        started(pipeline, database_url=frozen_dsn, **short_times) as frozen,
+        started(pipeline, **short_times) as other,
+        pipeline.load(PLAN) as load,
+    ):
+        for _ in range(ZOMBIES):
+            freeze_in_transaction(pipeline, frozen, name="frozen")
+            try:
+                eventually(
+                    lambda: not pipeline.open_transactions(of="frozen"),
+                    timeout=10,
+                    message="the frozen relay keeps its locks",
+                )
+            except TimeoutError:
+                with pipeline.database.connect() as c:
+                    for r in c.execute(
+                        "select pid, state, wait_event_type, wait_event, backend_xid, now()-state_change, now()-xact_start, left(query,300) from pg_stat_activity where application_name='frozen'"
+                    ):
+                        print(r)
+                raise
+            load.await_more(1_000)
+            frozen.resume()
+            load.await_more(1_000)
+        other.terminate()
+        assert other.wait() == 0
+        load.await_more(100)
+    with started(pipeline):
+        pipeline.await_settled()
+    verdict = pipeline.judge(load.writes)
+    assert flaws(verdict).keys() <= {"duplicated"}
+    assert len(verdict.duplicated) <= ZOMBIES * LANES * BATCH_SIZE
+
+
+def freeze_in_transaction(pipeline: Pipeline, relay: Daemon, *, name: str) -> None:
+    """Stop the relay's clock while one of its transactions is open."""
+
+    def is_frozen() -> bool:
+        relay.pause()
+        if pipeline.open_transactions(of=name):
+            return True
+        relay.resume()
+        return False
+
+    eventually(is_frozen, message="the relay had no transaction open")

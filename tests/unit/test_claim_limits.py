@@ -1,0 +1,95 @@
+"""How much the next claim takes, what a lane remembers of its shards, and the time-outs of its transaction."""
+
+from __future__ import annotations
+
+import pytest
+
+from outbox_relay.relay.claim import SHARDS, Batch, ClaimOptions, Floors, next_limits
+from tests.fixtures.outbox import message
+
+OPTIONS = ClaimOptions(messages=1000, stored_bytes=1_000_000, shards=4)
+
+
+def batch(messages: int, *, stored_bytes: int) -> Batch:
+    """A batch of *messages* that are of the same size, together *stored_bytes*."""
+    size = stored_bytes // max(messages, 1)
+    return Batch([message(number, stored_bytes=size) for number in range(messages)], [0] * SHARDS, [], waiting=[])
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (batch(0, stored_bytes=0), 1000),
+        (batch(1000, stored_bytes=2000), 1000),
+        (batch(1000, stored_bytes=1_000_000), 1000),
+        (batch(100, stored_bytes=499_900), 1000),
+        (batch(100, stored_bytes=500_000), 200),
+        (batch(100, stored_bytes=1_000_000), 200),
+        (batch(1, stored_bytes=5_000_000), 4),
+    ],
+    ids=["empty", "full", "full in both", "below half the bytes", "half the bytes", "cut by bytes", "one per shard"],
+)
+def test_a_batch_that_was_cut_by_its_bytes_halves_the_waste_of_the_next(found: Batch, expected: int) -> None:
+    assert next_limits(OPTIONS, found, most=1000).messages == expected
+
+
+def test_limits_grow_again_up_to_the_most() -> None:
+    limits = next_limits(OPTIONS, batch(100, stored_bytes=1_000_000), most=1000)
+    sizes = []
+    for _ in range(4):
+        limits = next_limits(limits, batch(10, stored_bytes=100), most=1000)
+        sizes.append(limits.messages)
+    assert sizes == [400, 800, 1000, 1000]
+    assert limits == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (batch(0, stored_bytes=0), False),
+        (batch(249, stored_bytes=249), False),
+        (batch(250, stored_bytes=250), True),
+        (batch(10, stored_bytes=249_990), False),
+        (batch(10, stored_bytes=250_000), True),
+    ],
+    ids=["empty", "few", "one shard may be full", "few bytes", "one shard may be full of bytes"],
+)
+def test_there_may_be_more_when_one_shard_could_have_reached_its_part(*, found: Batch, expected: bool) -> None:
+    assert found.may_have_more(OPTIONS) is expected
+
+
+def test_a_floor_belongs_to_its_shard_and_generation() -> None:
+    floors = Floors()
+    floors.remember(3, generation=7, settled_through=100)
+    at_3 = {"shards": list(range(16)), "floors": [0] * 16, "generations": [0] * 16}
+    at_3["floors"][3], at_3["generations"][3] = 100, 7
+    assert floors.parameters() == at_3
+
+
+def test_forgetting_gives_the_floors_there_were_and_reads_everything_again() -> None:
+    floors = Floors()
+    floors.remember(3, generation=7, settled_through=100)
+    assert floors.forget() == [0, 0, 0, 100, *[0] * 12]
+    assert floors.parameters()["floors"] == [0] * 16
+
+
+def test_restored_floors_are_those_of_the_named_shards_only() -> None:
+    floors = Floors()
+    floors.remember(3, generation=7, settled_through=100)
+    floors.remember(4, generation=7, settled_through=200)
+    floors.restore(floors.forget(), shards=[4, 5])
+    assert floors.parameters()["floors"] == [0, 0, 0, 0, 200, *[0] * 11]
+
+
+def test_time_outs_are_given_to_the_server_in_milliseconds() -> None:
+    options = ClaimOptions(lock_timeout=0.25, statement_timeout=1.5, transaction_timeout=30.0)
+    assert options.transaction_parameters() == {
+        "lock_timeout_ms": "250",
+        "statement_timeout_ms": "1500",
+        "transaction_timeout_ms": "30000",
+        "synchronous_commit": "off",
+    }
+
+
+def test_marks_survive_a_crash_of_the_server_when_asked_to() -> None:
+    assert ClaimOptions(synchronous_commit=True).transaction_parameters()["synchronous_commit"] == "on"
