@@ -21,7 +21,7 @@ from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
 from outbox_relay.config import check_producer_config
 from outbox_relay.database import connect
-from outbox_relay.errors import DatabaseUnavailable
+from outbox_relay.errors import DependencyUnavailable, OutboxRelayError
 from outbox_relay.observe import logs
 from outbox_relay.observe.health import HealthServer
 from outbox_relay.observe.metrics import Metrics
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _POLL_SECONDS = 0.02
+_REST_SECONDS = 60.0
 _READABLE_FACTOR = 8  # jsonb takes more room than its text, a list of small numbers several times as much
 
 
@@ -61,9 +62,7 @@ def run(configuration: Configuration, *, once: bool) -> None:
     settings = configuration.settings
     logs.configure(log_format=settings.log_format, level=settings.log_level, secrets=settings.secrets())
     check_producer_config(settings.producer_config())
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, _STOP_SIGNALS
-    )  # taken by sigtimedwait, and never in the middle of a thread
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # in every thread: sigtimedwait takes them
     raise SystemExit(_Process(settings).run_once() if once else _Process(settings).run())
 
 
@@ -89,34 +88,34 @@ class _Process:
 
     def run(self) -> int:
         """Relay until a signal; wait for the database as long as it takes."""
+        relay: Relay | None = None
+        received: signal.Signals | None = None
+        backoff = Backoff()
         with self._listening():
-            backoff = Backoff()
-            chance = random.Random()  # noqa: S311 -- jitter, no secret
-            while True:
-                try:
-                    relay = self._start()
-                    break
-                except DatabaseUnavailable as error:
-                    self._telemetry.database_lost("main", error)
-                    received = _signal_within(backoff.next_pause(chance))
-                    if received is not None:
-                        return _exit_code(received)
-            received = None
             while received is None:
-                received = _signal_within(60.0)
+                pause = _REST_SECONDS
+                if relay is None:
+                    try:
+                        relay = self._start()
+                    except DependencyUnavailable as error:
+                        self._telemetry.database_lost("main", error)
+                        pause = backoff.next_pause(random.Random())  # noqa: S311 -- jitter, no secret
+                received = _signal_within(pause)
             return self._stop(relay, reason=received.name) or _exit_code(received)
 
     def run_once(self) -> int:
         """Relay what is committed now; raise if the database or Kafka is away."""
+        received: signal.Signals | None = None
         with self._listening():
             relay = self._start()
             through = relay.last_no()
-            received = None
             try:
                 while received is None and not relay.is_drained(through):
                     received = _signal_within(_POLL_SECONDS)
-            finally:
-                code = self._stop(relay, reason=received.name if received else "drained")
+            except OutboxRelayError as error:
+                self._stop(relay, reason=str(error))
+                raise
+            code = self._stop(relay, reason=received.name if received else "drained")
             return code or (_exit_code(received) if received else 0)
 
     @contextmanager
@@ -158,14 +157,17 @@ class _Process:
         )
         return relay
 
-    def _stop(self, relay: Relay, *, reason: str) -> int:
+    def _stop(self, relay: Relay | None, *, reason: str) -> int:
         """Drain; give 0, or the exit code of a drain that did not come to its end."""
-        relay.drain(reason=reason)
+        self._telemetry.relay_draining(reason=reason)
         deadline = time.monotonic() + self._settings.drain_timeout
-        while not (is_drained := relay.join(timeout=0.0)) and time.monotonic() < deadline:
-            again = _signal_within(_POLL_SECONDS)
-            if again is not None:
-                os._exit(128 + again)  # PostgreSQL frees what the lanes hold
+        is_drained = relay is None
+        if relay is not None:
+            relay.drain()
+            while not (is_drained := relay.join(timeout=0.0)) and time.monotonic() < deadline:
+                again = _signal_within(_POLL_SECONDS)
+                if again is not None:
+                    os._exit(128 + again)  # PostgreSQL frees what the lanes hold
         self._telemetry.relay_stopped(is_drained=is_drained)
         return 0 if is_drained else ExitCode.INTERNAL
 

@@ -79,9 +79,9 @@ class Horizon:
         """
         Take in a new observation: drop the transactions that have ended, and advance as far as possible.
 
-        A last number below the horizon means that the database was restored or its sequence restarted: start anew.
+        A last number below one that was seen before means a restored database or a restarted sequence: start anew.
         """
-        if seen.last_no < self.through:
+        if seen.last_no < self._newest():
             self.reset()
         ended = self.given_up - seen.running
         self.late_writers_ended += len(ended)
@@ -89,8 +89,7 @@ class Horizon:
         self._bystanders &= seen.running
         for candidate in self.candidates:
             candidate.awaited &= seen.running
-        newest = self.candidates[-1].number if self.candidates else self.through
-        if seen.last_no > newest and len(self.candidates) < _MOST_CANDIDATES:
+        if seen.last_no > self._newest() and len(self.candidates) < _MOST_CANDIDATES:
             self.candidates.append(Candidate(seen.last_no, now, set(seen.running - self.given_up)))
         self._advance()
 
@@ -142,6 +141,9 @@ class Horizon:
         self.candidates.clear()
         self.given_up.clear()
         self._bystanders.clear()
+
+    def _newest(self) -> int:
+        return self.candidates[-1].number if self.candidates else self.through
 
     def _advance(self) -> None:
         while self.candidates and not self.candidates[0].awaited:

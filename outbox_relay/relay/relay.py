@@ -86,12 +86,10 @@ class Relay:
         for thread in self._threads:
             thread.start()
 
-    def drain(self, *, reason: str) -> None:
+    def drain(self) -> None:
         """Claim nothing more; the batches in hand are finished."""
-        if not self._stop.is_set():
-            self._stop.set()
-            self._watch.stop()
-            self._telemetry.relay_draining(reason=reason)
+        self._stop.set()
+        self._watch.stop()
 
     def join(self, *, timeout: float) -> bool:
         """Wait for the threads to end after `drain`; True if they have."""
