@@ -163,10 +163,11 @@ def claim(
     begin = statement("begin_lane", schema=options.schema)
     take = statement("claim", schema=options.schema)
     with translated_errors():
-        with connection.pipeline():  # BEGIN, the settings and the claim go out together: one round trip
+        with connection.pipeline():  # BEGIN and the settings go out together
             connection.execute(begin, options.transaction_parameters(), prepare=True)
-            cursor = connection.execute(take, parameters, prepare=True)
-        batch = _batch(cursor.fetchall())
+        # Not in the pipeline: the driver leaves it with a Flush, after which PostgreSQL counts no idle time, and the
+        # transaction of a frozen relay would never be ended.
+        batch = _batch(connection.execute(take, parameters, prepare=True).fetchall())
         if not batch.messages:
             connection.rollback()
     return batch
