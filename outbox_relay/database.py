@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
-from psycopg import IsolationLevel
 from psycopg.conninfo import conninfo_to_dict
 
 from outbox_relay.errors import (
@@ -42,9 +41,9 @@ _REMEDY_OF_MISMATCH = {
 }
 
 
-def connect(conninfo: str, *, application_name: str, autocommit: bool = False) -> psycopg.Connection:
+def connect(conninfo: str, *, application_name: str) -> psycopg.Connection:
     """
-    Open a connection to the primary; the caller closes it.
+    Open a connection to the primary, in autocommit mode; the caller closes it.
 
     An empty *conninfo* leaves everything to libpq's PG* variables. Parameters in *conninfo* win over our defaults.
 
@@ -61,9 +60,7 @@ def connect(conninfo: str, *, application_name: str, autocommit: bool = False) -
         ) from None
     settings = _CLIENT_DEFAULTS | {"application_name": application_name} | given
     with translated_errors():
-        connection = psycopg.connect("", autocommit=autocommit, **settings)  # type: ignore[arg-type]
-    connection.isolation_level = IsolationLevel.READ_COMMITTED  # whatever the role's default: the claim relies on it
-    return connection
+        return psycopg.connect("", autocommit=True, **settings)  # type: ignore[arg-type]
 
 
 @contextmanager

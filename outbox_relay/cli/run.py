@@ -132,7 +132,7 @@ class _Process:
     def _start(self) -> Relay:
         """Check the database, then start the threads."""
         settings = self._settings
-        with closing(self._connect("main", autocommit=True)) as connection:
+        with closing(self._connect("main")) as connection:
             warning = check_schema(connection, schema=settings.schema_name)
             source = settings.source or f"{connection.info.dbname}.{settings.schema_name}"
         self._telemetry.database_recovered("main")
@@ -171,11 +171,10 @@ class _Process:
         self._telemetry.relay_stopped(is_drained=is_drained)
         return 0 if is_drained else ExitCode.INTERNAL
 
-    def _connect(self, thread: str, *, autocommit: bool) -> Connection:
+    def _connect(self, thread: str) -> Connection:
         return connect(
             self._settings.database_url.get_secret_value(),
             application_name=f"outbox-relay {thread}",
-            autocommit=autocommit,
         )
 
 

@@ -25,7 +25,7 @@ def status(configuration: Configuration, *, as_json: bool) -> None:
     """Show the backlog, its age, what is parked, and which open writers hold the horizon."""
     settings = configuration.settings
     url = settings.database_url.get_secret_value()
-    with closing(connect(url, application_name="outbox-relay status", autocommit=True)) as connection:
+    with closing(connect(url, application_name="outbox-relay status")) as connection:
         found = read_status(connection, schema=settings.schema_name)
     click.echo(json.dumps(asdict(found), indent=2) if as_json else _text(found))
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from psycopg import ClientCursor
+
 from outbox_relay.database import translated_errors
 from outbox_relay.relay.message import Message
 from outbox_relay.sql import statement
@@ -47,12 +49,12 @@ class ClaimOptions:
     transaction_timeout: float = 30.0
     synchronous_commit: bool = False
 
-    def transaction_parameters(self) -> dict[str, str]:
+    def transaction_parameters(self) -> dict[str, str | int]:
         """Give the parameters of `begin_lane.sql`."""
         return {
-            "lock_timeout_ms": str(round(self.lock_timeout * 1000)),
-            "statement_timeout_ms": str(round(self.statement_timeout * 1000)),
-            "transaction_timeout_ms": str(round(self.transaction_timeout * 1000)),
+            "lock_timeout_ms": round(self.lock_timeout * 1000),
+            "statement_timeout_ms": round(self.statement_timeout * 1000),
+            "transaction_timeout_ms": round(self.transaction_timeout * 1000),
             "synchronous_commit": "on" if self.synchronous_commit else "off",
         }
 
@@ -141,8 +143,8 @@ def claim(
     """
     Begin a transaction and take the oldest unpublished messages of shards that nobody else holds.
 
-    Messages stay locked until the transaction ends, so commit only after settling. An empty batch means "nothing to do
-    now", not "nothing in the table"; its transaction is ended already.
+    *connection* is in autocommit mode: the claim begins the transaction, and settling ends it; until then the messages
+    stay locked. An empty batch means "nothing to do now", not "nothing in the table"; its transaction is ended already.
 
     Args:
         through: The horizon; no message with a higher number is taken.
@@ -163,10 +165,9 @@ def claim(
     begin = statement("begin_lane", schema=options.schema)
     take = statement("claim", schema=options.schema)
     with translated_errors():
-        with connection.pipeline():  # BEGIN and the settings go out together
-            connection.execute(begin, options.transaction_parameters(), prepare=True)
-        # Not in the pipeline: the driver leaves it with a Flush, after which PostgreSQL counts no idle time, and the
-        # transaction of a frozen relay would never be ended.
+        # In one message and not in a pipeline, which the driver ends with a Flush: PostgreSQL counts no idle time after
+        # that, and the transaction of a frozen relay would never be ended.
+        ClientCursor(connection).execute(begin, options.transaction_parameters())
         batch = _batch(connection.execute(take, parameters, prepare=True).fetchall())
         if not batch.messages:
             connection.rollback()

@@ -75,7 +75,9 @@ class Publisher:
             if error is None:
                 self._known_topics.add(topic)
             else:
-                failures[topic] = Failure(Scope.TOPIC, error.name(), f'topic "{topic}": {error.str()}')
+                failures[topic] = Failure(
+                    Scope.TOPIC, error.name(), f'topic "{topic}": {error.str()}; create it or grant access'
+                )
         return failures
 
     def publish(self, records: Sequence[Record], *, deadline: float) -> list[Outcome]:
@@ -84,17 +86,21 @@ class Publisher:
 
         The outcomes come in the order of the records. Per key, nothing behind a record that failed for good is
         written by this call; a record without a report may have been written all the same.
+
+        Raises:
+            KafkaUnavailable: No broker tells whether a topic that is new to us exists; nothing was sent.
         """
-        outcomes: list[Outcome] = [WITHDRAWN] * len(records)
+        missing = self.unavailable({record.topic for record in records})
+        outcomes: list[Outcome] = [missing.get(record.topic, WITHDRAWN) for record in records]
         now = time.monotonic()
         alone = {topic for topic, until in self._alone_until.items() if until > now}
-        together = (
-            [i for i, record in enumerate(records) if record.topic not in alone] if alone else range(len(records))
-        )
-        self._together.send(records, together, outcomes, deadline=deadline)
-        if len(together) < len(records):
-            singly = [i for i, record in enumerate(records) if record.topic in alone]
+        together: Sequence[int] = range(len(records))
+        if alone or missing:
+            sendable = [index for index in together if records[index].topic not in missing]
+            together = [index for index in sendable if records[index].topic not in alone]
+            singly = [index for index in sendable if records[index].topic in alone]
             self._singly.send(records, singly, outcomes, deadline=deadline)
+        self._together.send(records, together, outcomes, deadline=deadline)
         if outcomes.count(None) < len(outcomes):
             self._learn(records, outcomes)
         return outcomes

@@ -7,7 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from outbox_relay.errors import DatabaseUnavailable, KafkaUnavailable
 from outbox_relay.relay.horizon import read_last_no
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from outbox_relay.relay.publish import Publisher
 
 
-class Connect(Protocol):
-    """Opens a connection for the thread that is named."""
-
-    def __call__(self, thread: str, *, autocommit: bool) -> Connection:
-        """Open it; the caller closes it."""
-
-
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
     """What a relay process is made of."""
@@ -41,7 +34,7 @@ class RelayOptions:
 
 class Relay:
     """
-    Starts the threads and tells when their work is done.
+    Starts the threads and tells when their work is done. *connect* opens a connection for the thread it is given.
 
     The first level of stopping, `drain`, takes no more; the batches in hand are finished and settled. The second is
     the end of the process: PostgreSQL frees what the lanes have locked, and nothing is lost.
@@ -51,7 +44,7 @@ class Relay:
         self,
         *,
         options: RelayOptions,
-        connect: Connect,
+        connect: Callable[[str], Connection],
         make_publisher: Callable[[], Publisher],
         telemetry: Telemetry,
     ) -> None:
@@ -61,14 +54,14 @@ class Relay:
         self._stop = threading.Event()
         self._watch = HorizonWatch(
             options=options.watch,
-            connect=partial(connect, "horizon", autocommit=True),
+            connect=partial(connect, "horizon"),
             telemetry=telemetry,
         )
         self._lanes = [
             Lane(
                 name,
                 options=options.lane,
-                connect=partial(connect, name, autocommit=False),
+                connect=partial(connect, name),
                 publisher=make_publisher(),
                 watch=self._watch,
                 telemetry=telemetry,
@@ -100,7 +93,7 @@ class Relay:
 
     def last_no(self) -> int:
         """Give the number that `is_drained` is asked about: the last one drawn so far."""
-        with closing(self._connect("drain", autocommit=True)) as connection:
+        with closing(self._connect("drain")) as connection:
             return read_last_no(connection, schema=self._options.watch.schema)
 
     def is_drained(self, through: int) -> bool:

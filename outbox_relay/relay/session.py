@@ -44,7 +44,6 @@ def work_until_stopped(
         try:
             with closing(connect()) as connection:
                 read_last_no(connection, schema=schema)
-                connection.rollback()
                 telemetry.database_recovered(thread)
                 work(connection)
         except Exception as error:  # noqa: BLE001 -- see above

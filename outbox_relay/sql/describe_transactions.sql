@@ -1,5 +1,5 @@
 -- Who is behind each transaction id: a session, or a prepared transaction by its gid.
--- The query of another role's session is only shown to members of pg_read_all_stats.
+-- State, age and query of another role's session are only shown to members of pg_read_all_stats; 0 and empty otherwise.
 SELECT
     wanted.xid,
     coalesce(session.pid, 0) AS pid,

@@ -70,7 +70,7 @@ def test_a_second_signal_ends_the_relay_at_once(pipeline: Pipeline) -> None:
         writes = commit_messages(writer, "order-1")
         blocker.execute("SELECT FROM outbox FOR UPDATE")
         with started(pipeline, lock_timeout=25) as relay:
-            eventually(lambda: waits_for_lock(pipeline))
+            eventually(pipeline.waits_for_lock)
             relay.terminate()
             relay.wait_for_event("relay_draining")
             signalled_at = time.monotonic()
@@ -80,15 +80,6 @@ def test_a_second_signal_ends_the_relay_at_once(pipeline: Pipeline) -> None:
     with started(pipeline):
         pipeline.await_settled()
     assert flaws(pipeline.judge(writes)) == {}
-
-
-def waits_for_lock(pipeline: Pipeline) -> bool:
-    query = """
-        SELECT FROM pg_stat_activity
-        WHERE datname = current_database() AND application_name LIKE 'outbox-relay lane%' AND wait_event_type = 'Lock'
-    """
-    with pipeline.database.connect() as connection:
-        return connection.execute(query).fetchone() is not None
 
 
 def test_a_relay_frozen_beyond_its_transaction_does_no_harm_when_it_goes_on(pipeline: Pipeline) -> None:
@@ -101,19 +92,7 @@ def test_a_relay_frozen_beyond_its_transaction_does_no_harm_when_it_goes_on(pipe
     ):
         for _ in range(ZOMBIES):
             freeze_in_transaction(pipeline, frozen, name="frozen")
-            try:
-                eventually(
-                    lambda: not pipeline.open_transactions(of="frozen"),
-                    timeout=10,
-                    message="the frozen relay keeps its locks",
-                )
-            except TimeoutError:
-                with pipeline.database.connect() as c:
-                    for r in c.execute(
-                        "select pid, state, wait_event_type, wait_event, backend_xid, now()-state_change, now()-xact_start, left(query,300) from pg_stat_activity where application_name='frozen'"
-                    ):
-                        print(r)
-                raise
+            eventually(lambda: not pipeline.open_transactions(of="frozen"), message="the frozen relay keeps its locks")
             load.await_more(1_000)
             frozen.resume()
             load.await_more(1_000)

@@ -99,7 +99,7 @@ def test_a_success_starts_again_from_the_first_pause() -> None:
     assert backoff.next_pause(Chance(1.0)) == first
 
 
-@given(st.integers(0, 2000), st.floats(0.0, 1.0))
+@given(st.integers(0, 100), st.floats(0.0, 1.0))
 def test_a_pause_stays_within_its_bounds_however_often_it_failed(failures: int, share: float) -> None:
     backoff = Backoff(first_seconds=0.1, most_seconds=5.0)
     for _ in range(failures):

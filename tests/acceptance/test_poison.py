@@ -1,0 +1,179 @@
+"""Messages that Kafka will never take are set aside with the later ones of their key, and disturb nothing else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from outbox_relay.sandbox.history import State
+from tests.fixtures.load import commit_messages
+from tests.fixtures.pipeline import Pipeline, flaws
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+    from outbox_relay.sandbox.history import Record
+    from outbox_relay.sandbox.kafka import Kafka
+    from tests.fixtures.postgres import Database
+
+pytestmark = pytest.mark.kafka
+
+PUBLISHED, PARKED = State.PUBLISHED, State.PARKED
+PEAK_MEMORY_BYTES = 250 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Poison:
+    """A message that Kafka would never take, and what the parked reason must name: the value and the remedy."""
+
+    aggregate_type: str = "order"
+    payload: bytes | None = b"x"
+    headers: str = "{}"
+    reason: tuple[str, ...] = ()
+
+
+POISONS = {
+    "too large": Poison(payload=os.urandom(1_200_000), reason=("1,200,", "message.max.bytes")),
+    "far too large": Poison(payload=bytes(9_000_000), reason=("9,000,0", "shrink it")),
+    "header is no string": Poison(headers='{"attempt": 3}', reason=('header "attempt" is 3', "a header is a string")),
+    "header is the relay's": Poison(headers='{"id": "7"}', reason=('header "id"', "choose another name")),
+    "illegal topic": Poison("or der", reason=("or der", "OUTBOX_RELAY_TOPIC_MAP")),
+    "topic too long": Poison("o" * 250, reason=("o" * 250, "OUTBOX_RELAY_TOPIC_MAP")),
+}
+
+
+def insert(connection: Connection, poison: Poison, *, key: str) -> None:
+    connection.execute(
+        """
+        INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload_bytes, headers)
+        VALUES (%s, %s, 'happened', %s, %s)
+        """,
+        [poison.aggregate_type, key, poison.payload, poison.headers],
+    )
+    connection.commit()
+
+
+def insert_rows(connection: Connection, *, aggregate_type: str, rows: int, keys: int, size: int) -> None:
+    """Insert *rows* messages of *size* bytes that no compression shrinks."""
+    query = """
+        INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload_bytes)
+        VALUES (%s, %s, 'happened', %s)
+    """
+    connection.cursor().executemany(
+        query, [(aggregate_type, f"{aggregate_type}-{number % keys}", os.urandom(size)) for number in range(rows)]
+    )
+    connection.commit()
+
+
+def reasons(pipeline: Pipeline) -> list[str]:
+    """The reasons of parked messages, in sequence order."""
+    with pipeline.database.connect() as connection:
+        query = "SELECT parked_reason FROM outbox WHERE parked_at IS NOT NULL ORDER BY sequence_no"
+        return [reason for (reason,) in connection.execute(query)]
+
+
+def numbers(records: list[Record], *, key: str) -> list[int]:
+    """The sequence numbers of a key in the order of arrival; one partition holds them all."""
+    ordered = sorted((record for record in records if record.key == key), key=lambda record: record.offset)
+    return [record.sequence_no for record in ordered]
+
+
+@pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS.keys())
+def test_poison_parks_only_the_later_messages_of_its_key(pipeline: Pipeline, poison: Poison) -> None:
+    successor = Poison(aggregate_type=poison.aggregate_type)
+    with pipeline.relays(1), pipeline.database.connect() as writer:
+        writes = commit_messages(writer, "order-before", "order-other")
+        insert(writer, poison, key="guilty")
+        insert(writer, successor, key="guilty")
+        writes += commit_messages(writer, "order-other", "payment-1")
+        pipeline.await_settled()
+        insert(writer, successor, key="guilty")
+        pipeline.await_settled()
+    assert pipeline.states() == [PUBLISHED, PUBLISHED, PARKED, PARKED, PUBLISHED, PUBLISHED, PARKED]
+    own, *behind = reasons(pipeline)
+    assert [part for part in poison.reason if part not in own] == []
+    assert all("parked" in reason for reason in behind)
+    assert flaws(pipeline.judge(writes)) == {}
+
+
+def test_a_topic_outside_the_allowed_ones_is_parked(pipeline: Pipeline) -> None:
+    allowed = f'["{pipeline.topic("order")}"]'
+    with pipeline.relays(1, allowed_topics=allowed), pipeline.database.connect() as writer:
+        commit_messages(writer, "order-1", "payment-1", "order-1")
+        pipeline.await_settled()
+    assert pipeline.states() == [PUBLISHED, PARKED, PUBLISHED]
+    [reason] = reasons(pipeline)
+    assert pipeline.topic("payment") in reason
+    assert "OUTBOX_RELAY_ALLOWED_TOPICS" in reason
+
+
+def test_under_skip_the_later_messages_of_the_key_pass(pipeline: Pipeline) -> None:
+    bad = Poison(headers='{"attempt": 3}')
+    with pipeline.relays(1, on_poison="skip"), pipeline.database.connect() as writer:
+        insert(writer, Poison(), key="guilty")
+        insert(writer, bad, key="guilty")
+        insert(writer, Poison(), key="guilty")
+        pipeline.await_settled()
+        insert(writer, Poison(), key="guilty")
+        pipeline.await_settled()
+    assert pipeline.states() == [PUBLISHED, PARKED, PUBLISHED, PUBLISHED]
+    assert numbers(pipeline.records(), key="guilty") == [1, 3, 4]
+
+
+@pytest.fixture
+def narrow(database: Database, kafka: Kafka, topic_prefix: str, seed: int) -> Pipeline:
+    """The topic of orders takes batches of 2,000 bytes at most."""
+    pipeline = Pipeline(database, kafka, prefix=topic_prefix, seed=seed)
+    for topic in pipeline.topics:
+        narrowed = {"max.message.bytes": "2000"} if topic == pipeline.topic("order") else {}
+        kafka.create_topic(topic, config=narrowed)
+    return pipeline
+
+
+def test_small_messages_all_pass_a_topic_that_takes_no_batch_of_them(narrow: Pipeline) -> None:
+    with narrow.database.connect() as writer, narrow.relays(1):
+        insert_rows(writer, aggregate_type="order", rows=100, keys=3, size=100)
+        insert_rows(writer, aggregate_type="payment", rows=100, keys=3, size=100)
+        narrow.await_settled()
+    assert narrow.states() == [PUBLISHED] * 200
+    records = narrow.records()
+    assert [numbers(records, key=f"order-{key}") for key in range(3)] == [
+        list(range(1 + key, 101, 3)) for key in range(3)
+    ]
+
+
+def test_only_the_message_that_a_topic_refuses_alone_is_parked(narrow: Pipeline) -> None:
+    with narrow.database.connect() as writer, narrow.relays(1) as [relay]:
+        insert_rows(writer, aggregate_type="order", rows=50, keys=5, size=100)
+        insert(writer, Poison(payload=os.urandom(3_000)), key="order-0")
+        insert_rows(writer, aggregate_type="order", rows=50, keys=5, size=100)
+        narrow.await_settled()
+        assert relay.wait_for_event("messages_parked")["first_sequence_no"] == 51
+    behind = [PARKED if number % 5 == 0 else PUBLISHED for number in range(50)]
+    assert narrow.states() == [PUBLISHED] * 50 + [PARKED] + behind
+    records = narrow.records()
+    assert numbers(records, key="order-0") == list(range(1, 51, 5))
+    assert numbers(records, key="order-1") == [*range(2, 51, 5), *range(53, 102, 5)]
+    assert [part for part in ("3,", "max.message.bytes", narrow.topic("order")) if part not in reasons(narrow)[0]] == []
+
+
+def test_memory_stays_bounded_while_large_messages_pass(pipeline: Pipeline) -> None:
+    with pipeline.database.connect() as writer:
+        for _ in range(10):
+            insert_rows(writer, aggregate_type="order", rows=30, keys=7, size=900_000)
+    with pipeline.relays(1, batch_bytes="4MiB") as [relay]:
+        pipeline.await_settled()
+        peak = peak_memory_bytes(relay.pid)
+    assert pipeline.states() == [PUBLISHED] * 300
+    assert len(pipeline.records()) == 300
+    assert peak < PEAK_MEMORY_BYTES
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """The most memory a process has had resident."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
