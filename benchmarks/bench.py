@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import psycopg
-from psycopg import sql
 
 from outbox_relay.operate import migrate
 from outbox_relay.sandbox.kafka import Kafka, KafkaCluster
@@ -29,15 +28,16 @@ SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "4GB", "max_connections":
 
 # The payload is 200 bytes as JSON; hexadecimal digits compress about as well as what people send.
 INSERT_MESSAGES = """
-INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload)
+INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload, published_at)
 SELECT
     %(aggregate_type)s,
     'customer-' || number %% %(keys)s,
     'order_placed',
     jsonb_build_object(
-        'order', lpad(number::text, 10, '0'),
-        'note', (SELECT string_agg(md5(number::text || part), '') FROM generate_series(1, 5) AS part)
-    )
+        'note', md5('a' || number) || md5('b' || number) || md5('c' || number) || md5('d' || number),
+        'order', lpad(number::text, 47, '0')
+    ),
+    CASE WHEN %(are_published)s THEN now() END
 FROM generate_series(1, %(count)s) AS number
 """
 
@@ -53,36 +53,36 @@ class Bench:
     @contextmanager
     def database(self, *, backlog: int = 0) -> Iterator[str]:
         """Yield the URL of a fresh outbox with *backlog* unpublished messages, numbered from 1; drop it afterwards."""
-        template = self._template(backlog)
-        name = sql.Identifier(f"run_{secrets.token_hex(4)}")
+        name = f"run_{secrets.token_hex(4)}"
         with psycopg.connect(self.server.dsn(), autocommit=True) as admin:
+            template = self._template(admin, backlog=backlog)
             # Copied as files: each run begins with the same pages, and with a checkpoint just made.
-            admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(name, template))
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
             try:
-                yield self.server.dsn(name.as_string().strip('"'))
+                yield self.server.dsn(name)
             finally:
-                admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+                admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     def pgbench(self, dsn: str, *options: str, directory: Path) -> None:
         """Run PostgreSQL's own load generator in *directory*, where its script and its log are."""
         program = installed_servers()[self.server.version] / "pgbench"
-        subprocess.run([program, *options, dsn], cwd=directory, check=True, capture_output=True)
+        subprocess.run([program, *options, dsn], cwd=directory, check=True, stdout=subprocess.DEVNULL)
 
-    def _template(self, backlog: int) -> sql.Identifier:
-        """Make the database that those of this size are copied from, unless it exists."""
+    def _template(self, admin: psycopg.Connection, *, backlog: int) -> str:
+        """Give the name of the database that those of this size are copied from; the first time, make it."""
         name = f"backlog_{backlog}"
-        with psycopg.connect(self.server.dsn(), autocommit=True) as admin:
-            if not admin.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone():
-                admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-                with psycopg.connect(self.server.dsn(name), autocommit=True) as connection:
-                    migrate.apply(connection, schema="public")
-                    insert_messages(connection, count=backlog)
-        return sql.Identifier(name)
+        if not admin.execute("SELECT FROM pg_database WHERE datname = %s", [name]).rowcount:
+            admin.execute(f"CREATE DATABASE {name}")
+            with psycopg.connect(self.server.dsn(name), autocommit=True) as connection:
+                migrate.apply(connection, schema="public")
+                insert_messages(connection, count=backlog)
+        return name
 
 
-def insert_messages(connection: psycopg.Connection, *, count: int) -> None:
-    """Insert *count* unpublished messages and vacuum; *connection* is in autocommit mode."""
-    connection.execute(INSERT_MESSAGES, {"aggregate_type": AGGREGATE_TYPE, "keys": KEYS, "count": count})
+def insert_messages(connection: psycopg.Connection, *, count: int, are_published: bool = False) -> None:
+    """Insert *count* messages and vacuum; *connection* is in autocommit mode."""
+    parameters = {"aggregate_type": AGGREGATE_TYPE, "keys": KEYS, "count": count, "are_published": are_published}
+    connection.execute(INSERT_MESSAGES, parameters)
     connection.execute("VACUUM (ANALYZE) outbox")
 
 

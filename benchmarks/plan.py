@@ -11,7 +11,7 @@ class Plan:
     Sizes of all scenarios; the defaults are those of the full run.
 
     Attributes:
-        repeat: How often everything is measured; the tables have the median, the least and the most.
+        repeat: Rounds of every scenario but `published` and `horizon`, which have counts of their own.
         drain_messages: Backlog to drain.
         drain_relays: Processes, and lanes of each, that drain it.
         latency_rates: Transactions a second.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
     from benchmarks.topic import Topic
     from outbox_relay.sandbox.kafka import Kafka
 
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-_USER_TICKS, _SYSTEM_TICKS = 11, 12  # in /proc/<pid>/stat behind the command's name
-
 
 class Relay(Daemon):
     """`outbox-relay run`, with its use of processor and memory as Linux accounts for it."""
 
     def cpu_seconds(self) -> float:
-        """Give the processor time of all its threads so far, to 10 ms."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_SECOND
+        """Give the processor time of all its threads so far, from its clock as clock_getcpuclockid(3) names it."""
+        return time.clock_gettime(~self.pid << 3 | 2)
 
     def peak_megabytes(self) -> float:
         """Give the most memory it has held. Not wait4's figure: that one counts the parent's before the exec."""
@@ -46,21 +42,17 @@ def running_relays(
     Raises:
         RuntimeError: One did not finish its batch in hand.
     """
+    environment = {
+        "OUTBOX_RELAY_DATABASE_URL": dsn,
+        "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+        "OUTBOX_RELAY_TOPIC_MAP": json.dumps({AGGREGATE_TYPE: topic.name}),
+        "OUTBOX_RELAY_METRICS_HOST": "127.0.0.1",
+        **(settings or {}),
+    }
+    ports = [ReservedPort() for _ in range(count)]
     with ExitStack() as running:
-        ports = [ReservedPort() for _ in range(count)]
         relays = [
-            running.enter_context(
-                Relay(
-                    {
-                        "OUTBOX_RELAY_DATABASE_URL": dsn,
-                        "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-                        "OUTBOX_RELAY_TOPIC_MAP": json.dumps({AGGREGATE_TYPE: topic.name}),
-                        "OUTBOX_RELAY_METRICS_HOST": "127.0.0.1",
-                        "OUTBOX_RELAY_METRICS_PORT": str(port.number),
-                        **(settings or {}),
-                    }
-                )
-            )
+            running.enter_context(Relay({**environment, "OUTBOX_RELAY_METRICS_PORT": str(port.number)}))
             for port in ports
         ]
         for relay in relays:

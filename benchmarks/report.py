@@ -16,7 +16,17 @@ from outbox_relay import __version__
 from outbox_relay.sandbox.kafka import KAFKA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+
+SHOWN_SETTINGS = (
+    "fsync",
+    "full_page_writes",
+    "synchronous_commit",
+    "shared_buffers",
+    "max_wal_size",
+    "max_connections",
+)
+SELECT_SETTINGS = "SELECT name, current_setting(name) FROM unnest(%(names)s::text[]) AS name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,7 @@ class Table:
     title: str
     method: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
         """Give it as a section; text to the left in the first column, figures to the right."""
@@ -43,28 +53,27 @@ def spread(values: Sequence[float], *, digits: int = 0) -> str:
 
 def share(values: Sequence[float], *, of: Sequence[float]) -> str:
     """Give the ratio of two medians in percent."""
-    return f"{median(values) / median(of):.0%}"
+    return f"{median(values) / median(of):.1%}"
 
 
-def document(tables: Iterable[Table], *, dsn: str, settings: Mapping[str, str], repeat: int) -> str:
+def document(tables: Iterable[Table], *, dsn: str, repeat: int) -> str:
     """Give the whole report; it has no date, so that two runs can be compared line by line."""
-    return "\n".join([_header(dsn, settings=settings, repeat=repeat), *(table.markdown() for table in tables)])
+    return "\n".join([_header(dsn, repeat=repeat), *(table.markdown() for table in tables)])
 
 
-def _header(dsn: str, *, settings: Mapping[str, str], repeat: int) -> str:
+def _header(dsn: str, *, repeat: int) -> str:
     with psycopg.connect(dsn) as connection:
         postgres = connection.info.parameter_status("server_version")
-        durability = {name: connection.execute(f"SHOW {name}").fetchone() for name in ("fsync", "full_page_writes")}
-    shown = {name: value for name, (value,) in durability.items()} | dict(settings)
+        settings = connection.execute(SELECT_SETTINGS, {"names": list(SHOWN_SETTINGS)}).fetchall()
     facts = {
         "outbox-relay": __version__,
-        "PostgreSQL": f"{postgres}, {', '.join(f'{name} = {value}' for name, value in shown.items())}",
+        "PostgreSQL": f"{postgres}, {', '.join(f'{name} = {value}' for name, value in settings)}",
         "Kafka": f"{KAFKA_VERSION}, one broker on this machine with a heap of 512 MB",
         "librdkafka": f"{confluent_kafka.libversion()[0]} (confluent-kafka {confluent_kafka.version()})",
         "psycopg": f"{psycopg.__version__} ({psycopg.pq.__impl__})",
         "Python": platform.python_version(),
         "Machine": f"{len(os.sched_getaffinity(0))} cores ({_processor()}), shared by everything that is measured",
-        "Figures": f"median (least - most) of {repeat}" if repeat > 1 else "measured once",
+        "Figures": f"median (least - most); {repeat} rounds, unless the table says otherwise",
     }
     return "# Benchmark results\n\n" + "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
 

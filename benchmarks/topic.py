@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import secrets
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._listoffsets import ListOffsetsResultInfo, OffsetSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from confluent_kafka.admin import ListOffsetsResultInfo
 
     from outbox_relay.sandbox.kafka import Kafka
 
 PARTITIONS = 8
 REQUEST_TIMEOUT_SECONDS = 10.0
+ARRIVAL_TIMEOUT_SECONDS = 300.0
+LOOK_SECONDS = 0.2
 
 
 class Topic:
@@ -30,13 +32,27 @@ class Topic:
 
     def messages(self) -> int:
         """Give the number of messages in it."""
-        return sum(partition.offset for partition in self._offsets(OffsetSpec.latest()))
+        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        return sum(partition.offset for partition in self._offsets(latest))
+
+    def await_messages(self, count: int) -> None:
+        """
+        Wait until it has *count* messages, with looks that are rare enough to disturb nobody.
+
+        Raises:
+            TimeoutError: It has fewer after five minutes.
+        """
+        deadline = time.monotonic() + ARRIVAL_TIMEOUT_SECONDS
+        while (present := self.messages()) < count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{present} of {count} messages came in {ARRIVAL_TIMEOUT_SECONDS:g} s")
+            time.sleep(LOOK_SECONDS)
 
     def written_between(self) -> tuple[float, float]:
         """Give the times at which the broker wrote the first and the last message, in seconds to the millisecond."""
+        newest = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
         firsts = self._offsets(OffsetSpec.for_timestamp(0))
-        lasts = self._offsets(OffsetSpec.max_timestamp())
-        return _times(firsts)[0] / 1000, _times(lasts)[-1] / 1000
+        return _times(firsts)[0] / 1000, _times(self._offsets(newest))[-1] / 1000
 
     def delete(self) -> None:
         """Remove it and what is in it."""

@@ -118,7 +118,7 @@ class Lane:
     def _forget(self) -> None:
         """Start as if new: behind a new connection may be another server."""
         self._floors = Floors()
-        self._claimed_through = -1
+        self._claimed_through = 0
         self._claim_at = math.inf
         self._sweep_at = 0.0
         self._late_writers_seen = self._watch.late_writers_ended
@@ -147,7 +147,8 @@ class Lane:
         if self._watch.late_writers_ended != self._late_writers_seen:
             self._sweep_at = 0.0
         due_at = min(self._claim_at, self._sweep_at)
-        timeout = min(due_at - time.monotonic(), _MOST_WAIT_SECONDS)
+        is_known = self._watch.through > 0
+        timeout = min(due_at - time.monotonic(), _MOST_WAIT_SECONDS) if is_known else _MOST_WAIT_SECONDS
         through = self._watch.wait_beyond(self._claimed_through, timeout=max(timeout, 0.0))
         is_due = through > self._claimed_through or time.monotonic() >= due_at
         return through if through and is_due else None
