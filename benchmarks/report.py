@@ -73,7 +73,7 @@ def _header(dsn: str, *, repeat: int) -> str:
         "psycopg": f"{psycopg.__version__} ({psycopg.pq.__impl__})",
         "Python": platform.python_version(),
         "Machine": f"{len(os.sched_getaffinity(0))} cores ({_processor()}), shared by everything that is measured",
-        "Figures": f"median (least - most); {repeat} rounds, unless the table says otherwise",
+        "Figures": f"median (least - most); rounds: {repeat}, unless the table says otherwise",
     }
     return "# Benchmark results\n\n" + "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
 

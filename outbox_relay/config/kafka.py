@@ -21,8 +21,8 @@ DEFAULTS: Mapping[str, ProducerSetting] = {
     "compression.type": "lz4",
     "enable.gapless.guarantee": True,
     "enable.idempotence": True,
-    "linger.ms": 5,
-    "max.in.flight.requests.per.connection": 5,
+    "linger.ms": 0,
+    "max.in.flight.requests.per.connection": 1,
     "message.timeout.ms": 25_000,
     "partitioner": "murmur2_random",
     "reconnect.backoff.max.ms": 2_000,
@@ -83,10 +83,10 @@ def refusals(given: Mapping[str, ProducerSetting]) -> Iterator[tuple[str, str]]:
         yield "enable.idempotence", "without it, retries reorder and duplicate messages: remove it"
     if not _is_true(given.get("enable.gapless.guarantee", True)):
         yield "enable.gapless.guarantee", "without it, a message could overtake one of its key that failed: remove it"
-    if not _is_at_most(given.get("max.in.flight.requests.per.connection", 1), 5):
+    if not _is_at_most(given.get("max.in.flight.requests.per.connection", 1), 1):
         yield (
             "max.in.flight.requests.per.connection",
-            "more than 5 requests in flight lose the order of messages: set 1 to 5",
+            "a second request in flight may overtake one that the broker refuses: remove it",
         )
     if "delivery.report.only.error" in given:
         yield "delivery.report.only.error", "a message is marked published by its delivery report: remove it"

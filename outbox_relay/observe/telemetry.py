@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from outbox_relay.observe import events
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from outbox_relay.relay.settle import Settlement
 
 _DEAD_AFTER_SECONDS = 60.0
+_AGGREGATE_TYPE = attrgetter("aggregate_type")
+_STORED_BYTES = attrgetter("stored_bytes")
+_IS_UNORDERED = attrgetter("is_unordered")
 
 
 class Telemetry:
@@ -70,15 +74,13 @@ class Telemetry:
         """Count a committed batch."""
         metrics = self._metrics
         published = settlement.published
-        messages = Counter(message.aggregate_type for message in published)
-        stored_bytes: Counter[str] = Counter()
-        for message in published:
-            stored_bytes[message.aggregate_type] += message.stored_bytes
+        messages = Counter(map(_AGGREGATE_TYPE, published))
         for name, count in messages.items():
+            of_type = published if count == len(published) else [m for m in published if m.aggregate_type == name]
             topic = self._topic_of(name)
             metrics.published_messages.labels(topic).inc(count)
-            metrics.published_bytes.labels(topic).inc(stored_bytes[name])
-        unordered = sum(message.is_unordered for message in published)
+            metrics.published_bytes.labels(topic).inc(sum(map(_STORED_BYTES, of_type)))
+        unordered = sum(map(_IS_UNORDERED, published))
         if unordered:
             metrics.unordered_messages.inc(unordered)
         metrics.batch_messages.observe(len(published))

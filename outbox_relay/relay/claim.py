@@ -111,7 +111,7 @@ class Batch:
     @property
     def stored_bytes(self) -> int:
         """What the messages take in the table."""
-        return sum(message.stored_bytes for message in self.messages)
+        return sum(map(attrgetter("stored_bytes"), self.messages))
 
     def may_have_more(self, options: ClaimOptions) -> bool:
         """Tell whether a limit of *options* may have ended the claim in one of its shards."""

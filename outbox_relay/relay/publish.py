@@ -28,7 +28,10 @@ _METADATA_SECONDS = 5.0
 _PURGE_SECONDS = 2.0
 _GAP_REFUSED = KafkaError._GAPLESS_GUARANTEE  # noqa: SLF001 -- librdkafka's names begin with an underscore
 _WITHDRAWING_CODES = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT", "_FATAL"})
-_SINGLY: dict[str, ProducerSetting] = {"batch.num.messages": 1, "linger.ms": 0}
+_TOO_LARGE = "MSG_SIZE_TOO_LARGE"
+_DEFAULT_MESSAGE_BYTES = 1_000_000
+_NO_GAP: dict[str, ProducerSetting] = {"enable.gapless.guarantee": True, "max.in.flight": 1}
+_SINGLY: dict[str, ProducerSetting] = {"batch.num.messages": 1}
 
 
 class Publisher:
@@ -41,8 +44,8 @@ class Publisher:
     """
 
     def __init__(self, config: Mapping[str, ProducerSetting], *, logger: logging.Logger | None = None) -> None:
-        self._together = _Sender(config, refused_as=Scope.BATCH, logger=logger)
-        self._singly = _Sender({**config, **_SINGLY}, refused_as=Scope.MESSAGE, logger=logger)
+        self._together = _Sender(config, is_single=False, logger=logger)
+        self._singly = _Sender({**config, **_SINGLY}, is_single=True, logger=logger)
         self._alone_until: dict[str, float] = {}
         self._known_topics: set[str] = set()
 
@@ -100,20 +103,23 @@ class Publisher:
             together = [index for index in sendable if records[index].topic not in alone]
             singly = [index for index in sendable if records[index].topic in alone]
             self._singly.send(records, singly, outcomes, deadline=deadline)
-        self._together.send(records, together, outcomes, deadline=deadline)
+        was_refused = self._together.send(records, together, outcomes, deadline=deadline)
+        if was_refused:
+            self._send_alone_from_now_on(records, outcomes)
         if outcomes.count(None) < len(outcomes):
-            self._learn(records, outcomes)
+            failed = {record.topic for record, outcome in zip(records, outcomes, strict=True) if _is_of_topic(outcome)}
+            self._known_topics -= failed
         return outcomes
 
-    def _learn(self, records: Sequence[Record], outcomes: Sequence[Outcome]) -> None:
-        """Send topics that refused a batch singly from now on, and ask again about topics that failed."""
-        for record, outcome in zip(records, outcomes, strict=True):
-            if outcome is None:
-                continue
-            if outcome.scope is Scope.TOPIC:
-                self._known_topics.discard(record.topic)
-            elif outcome.scope is Scope.BATCH and scope_of(outcome.code) is Scope.MESSAGE:
-                self._alone_until[record.topic] = time.monotonic() + _ALONE_SECONDS
+    def _send_alone_from_now_on(self, records: Sequence[Record], outcomes: Sequence[Outcome]) -> None:
+        """Remember the topic that refused a batch; if its report was lost, every topic that it may have been."""
+        withdrawn = {
+            (record.topic, scope_of(outcome.code))
+            for record, outcome in zip(records, outcomes, strict=True)
+            if outcome is not None and outcome.scope is Scope.BATCH
+        }
+        refusing = {topic for topic, scope in withdrawn if scope is Scope.MESSAGE} or {topic for topic, _ in withdrawn}
+        self._alone_until |= dict.fromkeys(refusing, time.monotonic() + _ALONE_SECONDS)
 
     def close(self) -> None:
         """Drop the producers at once; whatever they still hold is thrown away and stays unpublished."""
@@ -127,20 +133,21 @@ class _Sender:
 
     With `enable.gapless.guarantee` a refused batch makes the producer fail as a whole before anything behind that
     batch is written. Without it, librdkafka goes on with a new epoch and later messages of the same key are accepted:
-    a topic that took 2,000 bytes got the last 10 of 100 messages of a key and refused the 90 before.
+    a topic that took 2,000 bytes got the last 10 of 100 messages of a key and refused the 90 before. One request is in
+    flight, because a broker takes any sequence number from a producer that is new to a partition.
     """
 
     def __init__(
         self,
         config: Mapping[str, ProducerSetting],
         *,
-        refused_as: Scope,
+        is_single: bool,
         logger: logging.Logger | None,
     ) -> None:
-        self._config: dict[str, object] = {**config, "enable.gapless.guarantee": True}
+        self._config: dict[str, object] = {**config, **_NO_GAP}
         if logger is not None:
             self._config["logger"] = logger
-        self._refused_as = refused_as
+        self._is_single = is_single
         self._producer: Producer | None = None
         self.producers_built = 0
 
@@ -157,21 +164,24 @@ class _Sender:
 
     def send(
         self, records: Sequence[Record], indexes: Sequence[int], outcomes: list[Outcome], *, deadline: float
-    ) -> None:
-        """Send the records at *indexes* and write what became of each into *outcomes*."""
+    ) -> bool:
+        """Send the records at *indexes*, write what became of each into *outcomes*; True if a batch was refused."""
         if not indexes:
-            return
+            return False
         producer = self._open()
         self._hand_over(producer, records, indexes, outcomes, deadline=deadline)
-        interruption = _await_reports(producer, deadline=deadline)
-        if interruption is None:
-            return
-        if interruption is not NO_REPORT:
-            self.drop()
+        interruption = self._await_reports(producer, deadline=deadline)
+        if interruption is not None:
+            self.drop()  # it has failed, or what was purged in flight has left a gap, which makes it fail
         for index in indexes:
             outcome = outcomes[index]
-            if outcome is not None and outcome.code in _WITHDRAWING_CODES:
+            if outcome is None:
+                continue
+            if interruption is not None and (outcome is NO_REPORT or outcome.code in _WITHDRAWING_CODES):
                 outcomes[index] = interruption
+            elif outcome.code == _TOO_LARGE:
+                outcomes[index] = replace(outcome, reason=self._why_too_large(records[index]))
+        return interruption is WITHDRAWN
 
     def _hand_over(
         self,
@@ -218,7 +228,39 @@ class _Sender:
             outcomes[index] = None
             return
         failure = _failure(error)
-        outcomes[index] = replace(failure, scope=self._refused_as) if failure.scope is Scope.MESSAGE else failure
+        is_shared = failure.scope is Scope.MESSAGE and not self._is_single
+        outcomes[index] = replace(failure, scope=Scope.BATCH) if is_shared else failure
+
+    def _await_reports(self, producer: Producer, *, deadline: float) -> Failure | None:
+        """
+        Wait until every message is reported; give what cut the waiting short, if anything.
+
+        A fatal error comes as an exception, sometimes wrapped in a SystemError, and reports are still to be fetched
+        after it. Not with `flush()`: out of that, it takes the next report with it, perhaps the one that says who is
+        guilty.
+        """
+        interruption: Failure | None = None
+        while len(producer) and time.monotonic() < deadline:
+            try:
+                producer.poll(max(0.0, deadline - time.monotonic()))
+            except (KafkaException, SystemError) as error:
+                interruption = _interruption(error)
+                deadline = min(deadline, time.monotonic() + _PURGE_SECONDS)
+        if len(producer):
+            producer.purge()
+            with suppress(KafkaException, SystemError):
+                producer.flush(_PURGE_SECONDS)
+            interruption = interruption or NO_REPORT
+        return interruption
+
+    def _why_too_large(self, record: Record) -> str:
+        own = sum(len(part) for header in record.headers for part in header if part)
+        size = len(_bytes(record.value)) + len(_bytes(record.key)) + own
+        limit = self._config.get("message.max.bytes", _DEFAULT_MESSAGE_BYTES)
+        return (
+            f"the message is {size:,} bytes, more than the producer (message.max.bytes = {limit:,}) or the topic "
+            f'"{record.topic}" (max.message.bytes) accepts: raise the limit or shrink the message'
+        )
 
     def drop(self) -> None:
         """Give up the producer; what it still holds is lost to it, and unpublished."""
@@ -233,34 +275,19 @@ class _Sender:
         return self._producer
 
 
-def _await_reports(producer: Producer, *, deadline: float) -> Failure | None:
-    """
-    Wait until every message is reported; give what cut the waiting short, if anything.
-
-    A fatal error comes as an exception out of `flush()`, sometimes wrapped in a SystemError, and reports are still to
-    be fetched after it.
-    """
-    interruption: Failure | None = None
-    waiting = 1
-    while waiting and time.monotonic() < deadline:
-        try:
-            waiting = producer.flush(max(0.0, deadline - time.monotonic()))
-        except (KafkaException, SystemError) as error:
-            interruption = _interruption(error)
-            deadline = min(deadline, time.monotonic() + _PURGE_SECONDS)
-    if waiting:
-        producer.purge()
-        with suppress(KafkaException, SystemError):
-            producer.flush(_PURGE_SECONDS)
-        interruption = interruption or NO_REPORT
-    return interruption
-
-
-def _interruption(error: BaseException) -> Failure:
+def _interruption(error: KafkaException | SystemError) -> Failure:
     cause = error if isinstance(error, KafkaException) else error.__cause__
     if not isinstance(cause, KafkaException):
-        raise error
+        return Failure(Scope.CONNECTION, "_FATAL", str(error))
     return WITHDRAWN if cause.args[0].code() == _GAP_REFUSED else _failure(cause.args[0])
+
+
+def _is_of_topic(outcome: Outcome) -> bool:
+    return outcome is not None and outcome.scope is Scope.TOPIC
+
+
+def _bytes(text: str | bytes | None) -> bytes:
+    return text.encode() if isinstance(text, str) else text or b""
 
 
 def _failure(error: KafkaError) -> Failure:

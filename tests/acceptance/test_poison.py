@@ -146,6 +146,30 @@ def test_small_messages_all_pass_a_topic_that_takes_no_batch_of_them(narrow: Pip
     ]
 
 
+def test_nothing_overtakes_a_batch_that_was_refused(
+    database: Database, kafka: Kafka, topic_prefix: str, seed: int
+) -> None:
+    """A producer sends the next batches of a partition before it knows that the topic refuses the first."""
+    pipeline = Pipeline(database, kafka, prefix=topic_prefix, seed=seed)
+    for topic in pipeline.topics:
+        kafka.create_topic(topic, config={"max.message.bytes": "100000"})
+    with database.connect() as writer:
+        insert_rows(writer, aggregate_type="order", rows=104, keys=1, size=10_000)
+    with pipeline.relays(1):
+        pipeline.await_settled()
+    assert list(dict.fromkeys(numbers(pipeline.records(), key="order-0"))) == list(range(1, 105))
+
+
+def test_a_refused_message_is_not_overtaken_by_the_later_ones_of_its_key(narrow: Pipeline) -> None:
+    with narrow.database.connect() as writer:
+        insert(writer, Poison(payload=os.urandom(3_000)), key="order-0")
+        insert_rows(writer, aggregate_type="order", rows=50, keys=5, size=100)
+    with narrow.relays(1):
+        narrow.await_settled()
+    assert numbers(narrow.records(), key="order-0") == []
+    assert narrow.states() == [PARKED, *[PARKED if number % 5 == 0 else PUBLISHED for number in range(50)]]
+
+
 def test_only_the_message_that_a_topic_refuses_alone_is_parked(narrow: Pipeline) -> None:
     with narrow.database.connect() as writer, narrow.relays(1) as [relay]:
         insert_rows(writer, aggregate_type="order", rows=50, keys=5, size=100)

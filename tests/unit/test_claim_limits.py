@@ -84,9 +84,9 @@ def test_restored_floors_are_those_of_the_named_shards_only() -> None:
 def test_time_outs_are_given_to_the_server_in_milliseconds() -> None:
     options = ClaimOptions(lock_timeout=0.25, statement_timeout=1.5, transaction_timeout=30.0)
     assert options.transaction_parameters() == {
-        "lock_timeout_ms": "250",
-        "statement_timeout_ms": "1500",
-        "transaction_timeout_ms": "30000",
+        "lock_timeout_ms": 250,
+        "statement_timeout_ms": 1500,
+        "transaction_timeout_ms": 30000,
         "synchronous_commit": "off",
     }
 
