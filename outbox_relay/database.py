@@ -82,6 +82,17 @@ def translated_errors() -> Iterator[None]:
         raise translated from error
 
 
+def roll_back(connection: psycopg.Connection) -> None:
+    """
+    End the transaction of *connection*, if there is one, without its effects.
+
+    Raises:
+        DatabaseUnavailable: The connection broke, which ends the transaction as well.
+    """
+    with translated_errors():
+        connection.rollback()
+
+
 def _translate(error: psycopg.Error) -> OutboxRelayError | None:
     state = error.sqlstate
     text = " ".join(str(error).split())

@@ -21,7 +21,7 @@ DEFAULTS: Mapping[str, ProducerSetting] = {
     "compression.type": "lz4",
     "enable.gapless.guarantee": True,
     "enable.idempotence": True,
-    "linger.ms": 0,
+    "linger.ms": 1_000,  # ended by flush() when a batch is queued, so that a partition gets it in one request
     "max.in.flight.requests.per.connection": 1,
     "message.timeout.ms": 25_000,
     "partitioner": "murmur2_random",

@@ -209,6 +209,10 @@ class Telemetry:
             self._metrics.beat_age.labels(thread).set_function(lambda: time.monotonic() - self._beats[thread])
         self._beats[thread] = time.monotonic()
 
+    def is_lost(self, part: str) -> bool:
+        """Tell whether any thread has lost *part*."""
+        return bool(self._lost[part])
+
     def lost_for(self, part: str) -> float:
         """Give the seconds since *part* was lost, 0 while it is in working order."""
         with self._lock:

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from outbox_relay.database import roll_back
 from outbox_relay.errors import DatabaseConflict, KafkaUnavailable, OutboxRelayError
 from outbox_relay.relay.claim import Batch, ClaimOptions, Floors, claim, next_limits
 from outbox_relay.relay.failures import Backoff, Failure, Outcome, Scope
@@ -135,11 +136,12 @@ class Lane:
                 if through is not None and not self._stop.is_set():
                     self._turn(connection, through=through)
             except DatabaseConflict as error:
-                connection.rollback()
+                roll_back(connection)
                 self._telemetry.claim_conflicted(self.name, error)
                 self._stop.wait(self._conflict_backoff.next_pause(self._chance))
             except KafkaUnavailable as error:
-                connection.rollback()
+                self._kafka_is_ready = False  # noted first: the rollback may fail
+                roll_back(connection)
                 self._lose_kafka(str(error))
 
     def _await_work(self) -> int | None:
@@ -285,6 +287,7 @@ class Lane:
 
     def _await_kafka(self) -> None:
         """Return when the brokers answer, or on the stop. No transaction is open meanwhile."""
+        self._kafka_is_ready &= not self._telemetry.is_lost("kafka")  # another lane may have noticed
         while not self._kafka_is_ready and not self._stop.is_set():
             try:
                 self._publisher.probe()

@@ -122,8 +122,8 @@ class Addressing:
             raise Unpublishable(
                 f"the message is stored in {message.stored_bytes:,} bytes: shrink it or send a reference"
             )
-        if message.created_at_ms < 0:
-            raise Unpublishable("created_at is before 1970, which no Kafka timestamp can be")
+        if message.created_at_ms <= 0:  # librdkafka takes 0 for "now"
+            raise Unpublishable("created_at is not after 1970-01-01, as a Kafka timestamp has to be")
         own = _own_headers(message.headers) if message.headers != "{}" else _NO_HEADERS
         headers: list[Header] = [
             ("id", message.message_id),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict, deque
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
 ProducerSetting = str | int | float | bool
 
 _ALONE_SECONDS = 60.0
-_METADATA_SECONDS = 5.0
+METADATA_SECONDS = 5.0
 _PURGE_SECONDS = 2.0
 _GAP_REFUSED = KafkaError._GAPLESS_GUARANTEE  # noqa: SLF001 -- librdkafka's names begin with an underscore
 _WITHDRAWING_CODES = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT", "_FATAL"})
 _TOO_LARGE = "MSG_SIZE_TOO_LARGE"
 _DEFAULT_MESSAGE_BYTES = 1_000_000
-_NO_GAP: dict[str, ProducerSetting] = {"enable.gapless.guarantee": True, "max.in.flight": 1}
-_SINGLY: dict[str, ProducerSetting] = {"batch.num.messages": 1}
+_SINGLY: dict[str, ProducerSetting] = {"enable.gapless.guarantee": False, "linger.ms": 0, "batch.num.messages": 1}
 
 
 class Publisher:
@@ -61,20 +61,20 @@ class Publisher:
         Raises:
             KafkaUnavailable: No broker answered within five seconds.
         """
-        self._together.metadata_error(next(iter(self._known_topics), None))
+        self._together.metadata_error(next(iter(self._known_topics), None), timeout=METADATA_SECONDS)
 
-    def unavailable(self, topics: Iterable[str]) -> dict[str, Failure]:
+    def unavailable(self, topics: Iterable[str], *, timeout: float = METADATA_SECONDS) -> dict[str, Failure]:
         """
         Tell which of *topics* cannot be written to; each is asked about once, until it fails.
 
         A record for a missing topic would otherwise wait in the producer, with the batch's locks, until the deadline.
 
         Raises:
-            KafkaUnavailable: No broker answered within five seconds.
+            KafkaUnavailable: No broker answered within *timeout* seconds.
         """
         failures = {}
         for topic in set(topics) - self._known_topics:
-            error = self._together.metadata_error(topic)
+            error = self._together.metadata_error(topic, timeout=timeout)
             if error is None:
                 self._known_topics.add(topic)
             else:
@@ -93,7 +93,8 @@ class Publisher:
         Raises:
             KafkaUnavailable: No broker tells whether a topic that is new to us exists; nothing was sent.
         """
-        missing = self.unavailable({record.topic for record in records})
+        timeout = min(METADATA_SECONDS, max(0.0, deadline - time.monotonic()))
+        missing = self.unavailable({record.topic for record in records}, timeout=timeout)
         outcomes: list[Outcome] = [missing.get(record.topic, WITHDRAWN) for record in records]
         now = time.monotonic()
         alone = {topic for topic, until in self._alone_until.items() if until > now}
@@ -102,7 +103,7 @@ class Publisher:
             sendable = [index for index in together if records[index].topic not in missing]
             together = [index for index in sendable if records[index].topic not in alone]
             singly = [index for index in sendable if records[index].topic in alone]
-            self._singly.send(records, singly, outcomes, deadline=deadline)
+            self._send_singly(records, singly, outcomes, deadline=deadline)
         was_refused = self._together.send(records, together, outcomes, deadline=deadline)
         if was_refused:
             self._send_alone_from_now_on(records, outcomes)
@@ -110,6 +111,17 @@ class Publisher:
             failed = {record.topic for record, outcome in zip(records, outcomes, strict=True) if _is_of_topic(outcome)}
             self._known_topics -= failed
         return outcomes
+
+    def _send_singly(
+        self, records: Sequence[Record], indexes: Sequence[int], outcomes: list[Outcome], *, deadline: float
+    ) -> None:
+        """Send one message of each key at a time, and nothing behind one that failed."""
+        queues: dict[tuple[str, str], deque[int]] = defaultdict(deque)
+        for index in indexes:
+            queues[records[index].topic, records[index].key].append(index)
+        while queues and time.monotonic() < deadline:
+            self._singly.send(records, [queue[0] for queue in queues.values()], outcomes, deadline=deadline)
+            queues = {key: queue for key, queue in queues.items() if outcomes[queue.popleft()] is None and queue}
 
     def _send_alone_from_now_on(self, records: Sequence[Record], outcomes: Sequence[Outcome]) -> None:
         """Remember the topic that refused a batch; if its report was lost, every topic that it may have been."""
@@ -131,10 +143,9 @@ class _Sender:
     """
     One producer at a time, replaced after it failed for good.
 
-    With `enable.gapless.guarantee` a refused batch makes the producer fail as a whole before anything behind that
+    With `enable.gapless.guarantee` a refused batch makes the producer fail as a whole, before anything behind that
     batch is written. Without it, librdkafka goes on with a new epoch and later messages of the same key are accepted:
-    a topic that took 2,000 bytes got the last 10 of 100 messages of a key and refused the 90 before. One request is in
-    flight, because a broker takes any sequence number from a producer that is new to a partition.
+    a topic that took 2,000 bytes got the last 10 of 100 messages of a key and refused the 90 before.
     """
 
     def __init__(
@@ -144,22 +155,20 @@ class _Sender:
         is_single: bool,
         logger: logging.Logger | None,
     ) -> None:
-        self._config: dict[str, object] = {**config, **_NO_GAP}
+        self._config: dict[str, object] = dict(config)
         if logger is not None:
             self._config["logger"] = logger
         self._is_single = is_single
         self._producer: Producer | None = None
         self.producers_built = 0
 
-    def metadata_error(self, topic: str | None) -> KafkaError | None:
+    def metadata_error(self, topic: str | None, *, timeout: float) -> KafkaError | None:
         """Give the brokers' word on *topic*, or on nothing in particular; raise KafkaUnavailable if none answers."""
         wanted = {"topic": topic} if topic else {}
         try:
-            metadata = self._open().list_topics(**wanted, timeout=_METADATA_SECONDS)
+            metadata = self._open().list_topics(**wanted, timeout=timeout)
         except KafkaException as error:
-            raise KafkaUnavailable(
-                f"no broker answered within {_METADATA_SECONDS:g} s: {error.args[0].str()}"
-            ) from error
+            raise KafkaUnavailable(f"no broker answered within {timeout:g} s: {error.args[0].str()}") from error
         return metadata.topics[topic].error if topic else None
 
     def send(
@@ -236,13 +245,17 @@ class _Sender:
         Wait until every message is reported; give what cut the waiting short, if anything.
 
         A fatal error comes as an exception, sometimes wrapped in a SystemError, and reports are still to be fetched
-        after it. Not with `flush()`: out of that, it takes the next report with it, perhaps the one that says who is
-        guilty.
+        after it. Out of `flush()`, which alone ends the linger, it takes the next report with it, perhaps the one that
+        says who is guilty; that is found out singly, with `poll()`.
         """
         interruption: Failure | None = None
         while len(producer) and time.monotonic() < deadline:
+            remaining = max(0.0, deadline - time.monotonic())
             try:
-                producer.poll(max(0.0, deadline - time.monotonic()))
+                if self._is_single:
+                    producer.poll(remaining)
+                else:
+                    producer.flush(remaining)
             except (KafkaException, SystemError) as error:
                 interruption = _interruption(error)
                 deadline = min(deadline, time.monotonic() + _PURGE_SECONDS)
