@@ -14,7 +14,7 @@ from benchmarks.topic import temporary_topic
 from outbox_relay.config import Settings
 from outbox_relay.relay.claim import ClaimOptions, Floors, claim
 from outbox_relay.relay.message import Addressing, prepare
-from outbox_relay.sql import statement
+from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,5 +102,5 @@ def _settle_seconds(dsn: str, name: str, *, count: int) -> float:
         settle = statement(name, schema="public")
         started = time.monotonic()
         for first in range(1, count + 1, BATCH):
-            connection.execute(settle, {"ids": list(range(first, first + BATCH))}, prepare=True)
+            psycopg.ClientCursor(connection).execute(settle, {"ids": numbers(range(first, first + BATCH))})
         return time.monotonic() - started

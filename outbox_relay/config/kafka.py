@@ -27,6 +27,7 @@ DEFAULTS: Mapping[str, ProducerSetting] = {
     "partitioner": "murmur2_random",
     "reconnect.backoff.max.ms": 2_000,
     "socket.keepalive.enable": True,
+    "socket.nagle.disable": True,
     "socket.timeout.ms": 10_000,
 }
 

@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     """Bytes claimed at once by a lane, such as `8MiB`; one row is always taken. More: more memory. Fewer: less
     throughput."""
 
-    poll_interval: Annotated[float, Field(ge=0.002, allow_inf_nan=False)] = 0.005
+    poll_interval: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] = 0.002
     """Seconds between polls while messages arrive. More: later delivery. Less: more processor time and round trips."""
 
     idle_poll_interval: Seconds = 0.1

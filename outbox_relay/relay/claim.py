@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from psycopg import ClientCursor
-
 from outbox_relay.database import translated_errors
 from outbox_relay.relay.message import Message
-from outbox_relay.sql import statement
+from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -49,14 +48,16 @@ class ClaimOptions:
     transaction_timeout: float = 30.0
     synchronous_commit: bool = False
 
-    def transaction_parameters(self) -> dict[str, str | int]:
-        """Give the parameters of `begin_lane.sql`."""
-        return {
-            "lock_timeout_ms": round(self.lock_timeout * 1000),
-            "statement_timeout_ms": round(self.statement_timeout * 1000),
-            "transaction_timeout_ms": round(self.transaction_timeout * 1000),
-            "synchronous_commit": "on" if self.synchronous_commit else "off",
-        }
+
+@lru_cache
+def begin_statement(options: ClaimOptions) -> bytes:
+    """Give the statements that begin a lane's transaction and set what it needs."""
+    return statement("begin_lane", schema=options.schema) % {
+        b"lock_timeout_ms": round(options.lock_timeout * 1000),
+        b"statement_timeout_ms": round(options.statement_timeout * 1000),
+        b"transaction_timeout_ms": round(options.transaction_timeout * 1000),
+        b"synchronous_commit": b"on" if options.synchronous_commit else b"off",
+    }
 
 
 @dataclass(slots=True)
@@ -71,9 +72,9 @@ class Floors:
     _floors: list[int] = field(default_factory=lambda: [0] * SHARDS)
     _generations: list[int] = field(default_factory=lambda: [0] * SHARDS)
 
-    def parameters(self) -> dict[str, list[int]]:
+    def parameters(self) -> dict[str, str]:
         """Give the parameters of `claim.sql` that describe the floors."""
-        return {"shards": list(range(SHARDS)), "floors": self._floors, "generations": self._generations}
+        return {"floors": numbers(self._floors), "generations": numbers(self._generations)}
 
     def remember(self, shard: int, *, generation: int, settled_through: int) -> None:
         """Set the floor of *shard* in *generation*."""
@@ -162,15 +163,14 @@ def claim(
         "batch_bytes": options.stored_bytes,
         "readable_bytes": options.readable_bytes,
     }
-    begin = statement("begin_lane", schema=options.schema)
     take = statement("claim", schema=options.schema)
     with translated_errors():
         # In one message and not in a pipeline, which the driver ends with a Flush: PostgreSQL counts no idle time after
         # that, and the transaction of a frozen relay would never be ended.
-        ClientCursor(connection).execute(begin, options.transaction_parameters())
+        connection.execute(begin_statement(options))
         batch = _batch(connection.execute(take, parameters, prepare=True).fetchall())
         if not batch.messages:
-            connection.rollback()
+            connection.commit()  # not a rollback, after which the driver prepares the claim anew
     return batch
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from psycopg import ClientCursor
+
 from outbox_relay.database import translated_errors
 from outbox_relay.relay.failures import Scope
-from outbox_relay.sql import statement
+from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,9 +93,6 @@ def settle(connection: Connection, *, schema: str, settlement: Settlement, mode:
                 "reasons": [parked.reason for parked in settlement.parked],
             }
             generations = dict(connection.execute(statement("park", schema=schema), parameters).fetchall())
-        with connection.pipeline():  # the marks and the commit go out together: one round trip
-            if settlement.published:
-                ids = [message.id for message in settlement.published]
-                connection.execute(statement(f"settle_{mode}", schema=schema), {"ids": ids}, prepare=True)
-            connection.commit()
+        ids = numbers(message.id for message in settlement.published)
+        ClientCursor(connection).execute(statement(f"settle_{mode}", schema=schema), {"ids": ids})
     return generations

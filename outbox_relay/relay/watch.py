@@ -39,7 +39,7 @@ class WatchOptions:
     schema: str = "public"
     is_ordered: bool = True
     ordering_timeout: float = 5.0
-    poll_interval: float = 0.005
+    poll_interval: float = 0.002
     idle_poll_interval: float = 0.1
 
 

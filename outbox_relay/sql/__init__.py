@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from psycopg import sql
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _COMMENT_LINE = re.compile(rb"^\s*--.*\n", re.MULTILINE)
+
+
+def numbers(values: Iterable[int]) -> str:
+    """Give *values* as the text of a PostgreSQL array; the driver's own way takes several times as long."""
+    return "{" + ",".join(map(str, values)) + "}"
 
 
 @cache

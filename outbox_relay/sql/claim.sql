@@ -5,7 +5,7 @@
 -- themselves two relays would send later messages of a key first. Messages are locked as well: a snapshot older than
 -- the shard lock still shows as unpublished what the last holder has marked, and the lock looks again.
 --
--- "known" is what the caller remembers of each shard: everything at or below the floor is settled, as long as the
+-- "known" is what the caller remembers of each shard, from 0 up: everything at or below the floor is settled, as long as the
 -- shard's generation is the same. Without the floor a claim walks the dead index entries of all that was published
 -- since the oldest snapshot. The probe is a scalar subquery because EXISTS becomes a join over the whole backlog.
 --
@@ -32,9 +32,9 @@ WITH probe AS MATERIALIZED (
             ORDER BY outbox.sequence_no
             LIMIT 1
         ) AS first_no
-    FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(generations)s::bigint[])
-        AS known (shard, floor, generation)
-    JOIN {schema}.outbox_shard USING (shard)
+    FROM unnest(%(floors)s::bigint[], %(generations)s::bigint[])
+        WITH ORDINALITY AS known (floor, generation, position)
+    JOIN {schema}.outbox_shard ON outbox_shard.shard = known.position - 1
     CROSS JOIN LATERAL (
         SELECT CASE WHEN outbox_shard.generation = known.generation THEN known.floor ELSE 0 END AS floor
     ) AS start

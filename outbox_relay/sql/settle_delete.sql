@@ -1,3 +1,4 @@
--- Removes messages that Kafka has acknowledged.
+-- Removes messages that Kafka has acknowledged, and commits, in one message.
 DELETE FROM {schema}.outbox
-WHERE id = ANY (%(ids)s)
+WHERE id = ANY (%(ids)s::bigint[]);
+COMMIT

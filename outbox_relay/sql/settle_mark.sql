@@ -1,4 +1,5 @@
--- Marks messages that Kafka has acknowledged; they stay until retention removes them.
+-- Marks messages that Kafka has acknowledged, and commits, in one message. They stay until retention removes them.
 UPDATE {schema}.outbox
 SET published_at = statement_timestamp()
-WHERE id = ANY (%(ids)s)
+WHERE id = ANY (%(ids)s::bigint[]);
+COMMIT

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from psycopg import ClientCursor
 
 from outbox_relay import database as relay_database
-from outbox_relay.relay.claim import SHARDS, ClaimOptions, Floors
+from outbox_relay.relay.claim import SHARDS, ClaimOptions, Floors, begin_statement
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def explained_claim(lane: Connection, *, floors: Floors) -> Plan:
         "batch_bytes": options.stored_bytes,
         "readable_bytes": options.readable_bytes,
     }
-    ClientCursor(lane).execute(statement("begin_lane", schema="public"), options.transaction_parameters())
+    lane.execute(begin_statement(options))
     explain = b"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + statement("claim", schema="public")
     [([explained],)] = lane.execute(explain, parameters).fetchall()
     lane.rollback()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from outbox_relay.relay.claim import SHARDS, Batch, ClaimOptions, Floors, next_limits
+from outbox_relay.relay.claim import SHARDS, Batch, ClaimOptions, Floors, begin_statement, next_limits
 from tests.fixtures.outbox import message
 
 OPTIONS = ClaimOptions(messages=1000, stored_bytes=1_000_000, shards=4)
@@ -61,16 +63,17 @@ def test_there_may_be_more_when_one_shard_could_have_reached_its_part(*, found: 
 def test_a_floor_belongs_to_its_shard_and_generation() -> None:
     floors = Floors()
     floors.remember(3, generation=7, settled_through=100)
-    at_3 = {"shards": list(range(16)), "floors": [0] * 16, "generations": [0] * 16}
-    at_3["floors"][3], at_3["generations"][3] = 100, 7
-    assert floors.parameters() == at_3
+    assert floors.parameters() == {
+        "floors": "{0,0,0,100,0,0,0,0,0,0,0,0,0,0,0,0}",
+        "generations": "{0,0,0,7,0,0,0,0,0,0,0,0,0,0,0,0}",
+    }
 
 
 def test_forgetting_gives_the_floors_there_were_and_reads_everything_again() -> None:
     floors = Floors()
     floors.remember(3, generation=7, settled_through=100)
     assert floors.forget() == [0, 0, 0, 100, *[0] * 12]
-    assert floors.parameters()["floors"] == [0] * 16
+    assert floors.parameters()["floors"] == "{0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}"
 
 
 def test_restored_floors_are_those_of_the_named_shards_only() -> None:
@@ -78,18 +81,20 @@ def test_restored_floors_are_those_of_the_named_shards_only() -> None:
     floors.remember(3, generation=7, settled_through=100)
     floors.remember(4, generation=7, settled_through=200)
     floors.restore(floors.forget(), shards=[4, 5])
-    assert floors.parameters()["floors"] == [0, 0, 0, 0, 200, *[0] * 11]
+    assert floors.parameters()["floors"] == "{0,0,0,0,200,0,0,0,0,0,0,0,0,0,0,0}"
 
 
 def test_time_outs_are_given_to_the_server_in_milliseconds() -> None:
     options = ClaimOptions(lock_timeout=0.25, statement_timeout=1.5, transaction_timeout=30.0)
-    assert options.transaction_parameters() == {
-        "lock_timeout_ms": 250,
-        "statement_timeout_ms": 1500,
-        "transaction_timeout_ms": 30000,
-        "synchronous_commit": "off",
-    }
+    settings = begin_statement(options).decode()
+    assert re.findall(r"(\w+_timeout) = (\d+)", settings) == [
+        ("lock_timeout", "250"),
+        ("statement_timeout", "1500"),
+        ("idle_in_transaction_session_timeout", "30000"),
+        ("tcp_user_timeout", "30000"),
+    ]
 
 
 def test_marks_survive_a_crash_of_the_server_when_asked_to() -> None:
-    assert ClaimOptions(synchronous_commit=True).transaction_parameters()["synchronous_commit"] == "on"
+    assert b"synchronous_commit = on" in begin_statement(ClaimOptions(synchronous_commit=True))
+    assert b"synchronous_commit = off" in begin_statement(ClaimOptions())

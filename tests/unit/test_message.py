@@ -163,8 +163,9 @@ def test_a_topic_that_is_not_allowed_is_refused() -> None:
 
 
 def test_a_message_from_before_1970_is_refused() -> None:
-    assert ADDRESSING.record(PLAIN._replace(created_at_ms=0), topic=TOPIC).timestamp_ms == 0
-    assert reason(PLAIN._replace(created_at_ms=-1)) == "created_at is before 1970, which no Kafka timestamp can be"
+    assert ADDRESSING.record(PLAIN._replace(created_at_ms=1), topic=TOPIC).timestamp_ms == 1
+    too_early = "created_at is not after 1970-01-01, as a Kafka timestamp has to be"
+    assert [reason(PLAIN._replace(created_at_ms=ms)) for ms in (0, -1)] == [too_early, too_early]
 
 
 def test_a_message_that_came_without_its_payload_is_refused_and_one_byte_less_is_not() -> None:
