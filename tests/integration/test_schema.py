@@ -162,6 +162,6 @@ def dump(database: Database) -> str:
 
 def test_the_committed_dump_shows_what_the_migrations_make(migrated: Database) -> None:
     actual = dump(migrated)
-    if os.environ.get("OUTBOX_RELAY_TEST_RENEW_SCHEMA") == "1":
+    if os.environ.get("RELAY_TEST_RENEW_SCHEMA") == "1":
         DUMP.write_text(actual)
     assert DUMP.read_text() == actual, "a migration changed the schema: run `make schema` and commit the dump with it"
