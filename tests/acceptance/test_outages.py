@@ -37,7 +37,7 @@ KAFKA_BACK_SECONDS = 15.0
 CRASHES = 3
 REPLAYED_SECONDS = 2.0  # a crash loses marks of the last 3 x wal_writer_delay, 0.6 s, and of what commits meanwhile
 PLAN = Plan(writers=6, bulk_rows=100)
-COMMIT = b"\x00COMMIT\x00"  # as settling sends it, with no statement name before it; the horizon's looks different
+COMMIT = b"::bigint[]);\nCOMMIT\x00"  # as settling sends it, in one message with the marks
 
 
 def named(relay: Daemon, name: str) -> list[Event]:
