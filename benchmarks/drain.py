@@ -90,7 +90,7 @@ def _limit_table(limits: dict[str, list[float]], *, count: int) -> Table:
     return Table(
         "Limits",
         f"Each part alone with {count:,} messages, in the same rounds as the drains below. Producing uses the relay's "
-        "producer settings and its records; updating and deleting use its statements.",
+        "records, a linger of 5 ms and five requests in flight; updating and deleting use its statements.",
         ("limit", "messages/s"),
         [(text, spread(limits[name])) for name, text in LIMITS.items()],
     )

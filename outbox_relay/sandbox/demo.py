@@ -29,12 +29,11 @@ from outbox_relay.errors import ConfigurationError, KafkaUnavailable, OutboxRela
 from outbox_relay.operate import migrate
 from outbox_relay.sandbox.history import (
     History,
-    Row,
-    State,
     Verdict,
     Write,
     commit_to_arrival_seconds,
     judge,
+    read_rows,
     read_topics,
 )
 from outbox_relay.sandbox.kafka import Kafka, KafkaCluster, what_a_broker_lacks
@@ -45,6 +44,8 @@ from outbox_relay.sandbox.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from outbox_relay.sandbox.history import Row
 
 KafkaChoice = Literal["mock", "broker"]
 
@@ -57,18 +58,6 @@ DRAIN_TIMEOUT_SECONDS = 30.0
 STOP_TIMEOUT_SECONDS = 30.0
 DELETE_TIMEOUT_SECONDS = 10.0
 LOG_TAIL_LINES = 8
-
-SELECT_ROWS = """
-SELECT message_id::text,
-       aggregate_id,
-       sequence_no,
-       CASE
-           WHEN parked_at IS NOT NULL THEN 'parked'
-           WHEN published_at IS NOT NULL THEN 'published'
-           ELSE 'unpublished'
-       END
-FROM outbox
-"""
 
 SELECT_UNSETTLED = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND parked_at IS NULL"
 
@@ -322,10 +311,7 @@ def _drained_rows(dsn: str, *, relays: Sequence[Relay]) -> list[Row]:
             return connection.execute(SELECT_UNSETTLED).fetchone() == (0,)
 
         eventually(is_drained, timeout=DRAIN_TIMEOUT_SECONDS, message="the outbox was not drained")
-        return [
-            Row(message_id=message_id, key=key, sequence_no=sequence_no, state=State(state))
-            for message_id, key, sequence_no, state in connection.execute(SELECT_ROWS)
-        ]
+        return read_rows(connection)
 
 
 def _report(history: History) -> Report:

@@ -24,10 +24,25 @@ if TYPE_CHECKING:
     from threading import Event
 
     from confluent_kafka import Message
+    from psycopg import Connection
 
 METADATA_TIMEOUT_SECONDS = 10.0
 END_TIMEOUT_SECONDS = 60.0
 POLL_SECONDS = 0.1
+
+SELECT_ROWS = """
+SELECT
+    message_id::text,
+    aggregate_id,
+    sequence_no,
+    CASE
+        WHEN parked_at IS NOT NULL THEN 'parked'
+        WHEN published_at IS NOT NULL THEN 'published'
+        ELSE 'unpublished'
+    END
+FROM outbox
+ORDER BY sequence_no
+"""
 
 
 class Outcome(Enum):
@@ -194,6 +209,14 @@ def commit_to_arrival_seconds(history: History) -> list[float]:
 def digest(value: bytes | None) -> bytes:
     """Eight bytes that stand for *value*, so that a long history fits into memory; none for a tombstone."""
     return b"" if value is None else hashlib.blake2b(value, digest_size=8).digest()
+
+
+def read_rows(connection: Connection) -> list[Row]:
+    """Read the outbox, in sequence order."""
+    return [
+        Row(message_id, key, sequence_no, State(state))
+        for message_id, key, sequence_no, state in connection.execute(SELECT_ROWS)
+    ]
 
 
 def read_topics(bootstrap_servers: str, *, topics: Iterable[str], stop: Event) -> list[Record]:

@@ -32,22 +32,11 @@ GATE = 4711  # an advisory lock
 
 
 @pytest.fixture
-def login(database: Database) -> Iterator[str]:
-    """A login that has the grants of a relay and nothing else."""
-    name = f"relay_of_{database.name}"
-    with database.connect(autocommit=True) as admin:
-        admin.execute(f'CREATE ROLE "{name}" LOGIN IN ROLE outbox_relay')
-        yield name
-        admin.execute(f'DROP OWNED BY "{name}"')
-        admin.execute(f'DROP ROLE "{name}"')
-
-
-@pytest.fixture
-def connect(database: Database, login: str) -> Iterator[Callable[[], Connection]]:
+def connect(database: Database, relay_login: str) -> Iterator[Callable[[], Connection]]:
     """Make connections as a relay's lanes do; they are closed after the test."""
     with ExitStack() as opened:
         yield lambda: opened.enter_context(
-            relay_database.connect(database.server.dsn(database.name, user=login), application_name="lane")
+            relay_database.connect(database.server.dsn(database.name, user=relay_login), application_name="lane")
         )
 
 

@@ -26,18 +26,8 @@ pytestmark = pytest.mark.every_postgres
 
 
 @pytest.fixture
-def login(database: Database) -> Iterator[str]:
-    """A login that has the grants of a relay and nothing else."""
-    name = f"relay_of_{database.name}"
-    with database.connect(autocommit=True) as admin:
-        admin.execute(f'CREATE ROLE "{name}" LOGIN IN ROLE outbox_relay')
-        yield name
-        admin.execute(f'DROP ROLE "{name}"')
-
-
-@pytest.fixture
-def watch(database: Database, login: str) -> Iterator[Connection]:
-    dsn = database.server.dsn(database.name, user=login)
+def watch(database: Database, relay_login: str) -> Iterator[Connection]:
+    dsn = database.server.dsn(database.name, user=relay_login)
     with relay_database.connect(dsn, application_name="horizon") as connection:
         yield connection
 
@@ -139,10 +129,10 @@ def test_a_prepared_transaction_is_a_writer_and_known_by_its_gid(database: Datab
     assert xid not in running(watch)
 
 
-def test_a_relay_is_not_among_the_running(database: Database, login: str, watch: Connection) -> None:
+def test_a_relay_is_not_among_the_running(database: Database, relay_login: str, watch: Connection) -> None:
     with database.connect(autocommit=True) as shop:
         insert(shop, "1", "2")
-    dsn = database.server.dsn(database.name, user=login)
+    dsn = database.server.dsn(database.name, user=relay_login)
     with relay_database.connect(dsn, application_name="lane") as lane, writer(database) as (_, xid):
         batch = claim(lane, options=ClaimOptions(), through=2, floors=Floors())
         lane.execute("UPDATE outbox SET published_at = now() WHERE id = ANY (%s)", [[m.id for m in batch.messages]])
@@ -168,12 +158,12 @@ def test_who_is_behind_a_transaction_is_told_oldest_first(database: Database) ->
 
 
 def test_state_age_and_query_are_shown_to_members_of_pg_read_all_stats_only(
-    database: Database, login: str, watch: Connection
+    database: Database, relay_login: str, watch: Connection
 ) -> None:
     with database.connect(autocommit=True) as admin, writer(database) as (_, xid):
         [hidden] = describe(watch, schema="public", xids=[xid])
         assert (hidden.application_name, hidden.state, hidden.age_seconds) == ("shop", "", 0.0)
-        admin.execute(f'GRANT pg_read_all_stats TO "{login}"')
+        admin.execute(f'GRANT pg_read_all_stats TO "{relay_login}"')
         [shown] = describe(watch, schema="public", xids=[xid])
         assert (shown.application_name, shown.state) == ("shop", "idle in transaction")
         assert shown.age_seconds > 0
@@ -185,10 +175,10 @@ def test_a_transaction_that_has_ended_is_described_by_its_number_alone(watch: Co
     assert (found.xid, found.pid, found.application_name, found.state, found.gid) == (5, 0, "", "", "")
 
 
-def test_a_serializable_default_of_the_role_does_no_harm(database: Database, login: str) -> None:
+def test_a_serializable_default_of_the_role_does_no_harm(database: Database, relay_login: str) -> None:
     with database.connect(autocommit=True) as admin:
-        admin.execute(f"ALTER ROLE \"{login}\" SET default_transaction_isolation = 'serializable'")
-    dsn = database.server.dsn(database.name, user=login)
+        admin.execute(f"ALTER ROLE \"{relay_login}\" SET default_transaction_isolation = 'serializable'")
+    dsn = database.server.dsn(database.name, user=relay_login)
     with relay_database.connect(dsn, application_name="horizon") as watch:
         with writer(database) as (connection, xid):
             assert xid in running(watch)
