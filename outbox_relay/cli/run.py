@@ -240,6 +240,7 @@ def _librdkafka_logger() -> logging.Logger:
     logger = logging.getLogger("librdkafka")
     if not logger.filters:
         logger.addFilter(_is_news)
+        logger.addFilter(logs.OncePerMinute())
     return logger
 
 

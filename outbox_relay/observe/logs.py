@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
 
 _REDACTED = "********"
+_REPEAT_SECONDS = 60.0
+_NOT_THE_WORDS = re.compile(r"\[[^]]*\]|\(after .*")  # producer and thread; how long, and how often before
 
 
 def configure(
@@ -66,6 +69,27 @@ def _renderers(*, on_terminal: bool) -> list[Processor]:
     if on_terminal:
         return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+
+
+class OncePerMinute(logging.Filter):
+    """
+    Lets the same words through once a minute, whichever producer says them and however long it tried.
+
+    librdkafka repeats itself at each attempt to connect: several lines a second for each lane while a broker is away.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether *record* says something that was not said within the last minute."""
+        words = _NOT_THE_WORDS.sub("", record.getMessage())
+        is_news = record.created - self._said_at.get(words, 0.0) >= _REPEAT_SECONDS
+        if is_news:
+            self._said_at = {said: at for said, at in self._said_at.items() if record.created - at < _REPEAT_SECONDS}
+            self._said_at[words] = record.created
+        return is_news
 
 
 class _Redaction:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
-from outbox_relay.observe.logs import configure
+from outbox_relay.observe.logs import OncePerMinute, configure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,3 +106,20 @@ def test_configuring_again_replaces_what_was_configured(capsys: pytest.CaptureFi
     structlog.get_logger("outbox_relay").info("relay_started")
 
     assert json_lines(capsys) == [{"event": "relay_started", "level": "info", "logger": "outbox_relay"}]
+
+
+def test_the_same_words_of_librdkafka_pass_once_a_minute() -> None:
+    once = OncePerMinute()
+
+    def passes(text: str, *, at: float) -> bool:
+        record = logging.LogRecord("librdkafka", logging.ERROR, "", 0, text, None, None)
+        record.created = at
+        return bool(once.filter(record))
+
+    refused = (
+        "FAIL [outbox-relay#producer-{}] [thrd:a:9092/1]: a:9092/1: Connection refused (after {}ms in state CONNECT)"
+    )
+    assert passes(refused.format(2, 0), at=1000.0)
+    assert not passes(refused.format(3, "0ms, 1 identical error(s) suppressed, 17"), at=1059.0)
+    assert passes("FAIL [outbox-relay#producer-2] [thrd:a:9092/1]: a:9092/1: SASL authentication error", at=1059.0)
+    assert passes(refused.format(3, 17), at=1060.0)
