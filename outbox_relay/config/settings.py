@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from operator import le, lt
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,14 +15,14 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from outbox_relay.config import kafka
 from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic reads the annotations
 from outbox_relay.config.names import PREFIX, env_name
+from outbox_relay.relay.claim import SHARDS
+from outbox_relay.relay.message import is_topic_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pydantic.fields import FieldInfo
 
-_TOPIC_CHARACTERS = re.compile(r"[a-zA-Z0-9._-]{1,249}")
-_SHARDS = 16
 _MESSAGE_TIMEOUT = "kafka.message.timeout.ms"
 
 _TIMES: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
@@ -36,7 +35,7 @@ _TIMES: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
 
 
 def _topic(name: str) -> str:
-    if not _TOPIC_CHARACTERS.fullmatch(name) or name in {".", ".."}:
+    if not is_topic_name(name):
         raise ValueError(f"{name!r} is no topic name: use 1 to 249 of the characters a-z A-Z 0-9 . _ -")
     return name
 
@@ -125,7 +124,7 @@ class Settings(BaseSettings):
     """Header `source` of every message, by which consumers tell outboxes apart. Empty: `<database>.<schema>`. Change it
     after a restore to an earlier point in time, or consumers that deduplicate by sequence drop new messages."""
 
-    lanes: Annotated[int, Field(ge=1, le=_SHARDS)] = 2
+    lanes: Annotated[int, Field(ge=1, le=SHARDS)] = 2
     """Threads that publish, each with a connection and a producer; 16 shards are shared among them. More: more
     connections and memory, and little speed beyond the cores at hand."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from outbox_relay.relay.failures import Outcome
 
-LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+_TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _RESERVED_HEADERS = frozenset(
     {"id", "event_type", "aggregate_type", "sequence_no", "source", "unordered"},
 )
@@ -102,7 +102,7 @@ class Addressing:
             Unpublishable: Kafka allows no such name, or the settings do not allow this topic.
         """
         topic = self.topics.get(aggregate_type) or self.template.replace("{aggregate_type}", aggregate_type)
-        if not LEGAL_TOPIC.fullmatch(topic) or topic in {".", ".."}:
+        if not is_topic_name(topic):
             raise Unpublishable(
                 f'aggregate type "{aggregate_type}" makes the topic "{topic}", which Kafka does not allow: a name has'
                 " 1 to 249 of a-z A-Z 0-9 . _ -; map the type to a topic with OUTBOX_RELAY_TOPIC_MAP",
@@ -142,6 +142,11 @@ class Addressing:
             headers.append(("unordered", "1"))
         headers += own.items()
         return Record(topic, message.aggregate_id, value, headers, message.created_at_ms)
+
+
+def is_topic_name(name: str) -> bool:
+    """Tell whether Kafka allows *name* for a topic."""
+    return _TOPIC_NAME.fullmatch(name) is not None and name not in {".", ".."}
 
 
 def _own_headers(text: str) -> dict[str, str]:
