@@ -3,7 +3,7 @@ Every error this project raises on purpose.
 
     OutboxRelayError
     +-- ConfigurationError      a setting, the schema or a grant is wrong; somebody has to change it
-    |   +-- SchemaMismatch      the tables are missing, older or newer than this code
+    |   +-- SchemaMismatch      tables, columns or privileges are missing
     +-- DependencyUnavailable   it works again by itself once the other side is back
     |   +-- DatabaseUnavailable
     |   +-- DatabaseConflict    a lock, a deadlock or a time-out rolled the transaction back

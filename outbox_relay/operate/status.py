@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outbox_relay.database import translated_errors
-from outbox_relay.relay.horizon import OpenTransaction, describe, list_writers, observe
+from outbox_relay.relay.horizon import OpenTransaction, among, describe, list_writers, observe
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -53,6 +53,5 @@ def read_status(connection: Connection, *, schema: str) -> Status:
 def _open_writers(connection: Connection, *, schema: str) -> list[OpenTransaction]:
     """The relays hold a writer's lock too while they settle; an observation leaves them out."""
     running = observe(connection, schema=schema).running
-    locked = list_writers(connection, schema=schema)
-    xids = [xid for xid in running if xid % 2**32 in locked]
-    return describe(connection, schema=schema, xids=xids)
+    writers = list_writers(connection, schema=schema)
+    return describe(connection, schema=schema, xids=among(running, writers))

@@ -113,7 +113,7 @@ class Horizon:
         """
         self._look_not_before = now + 9 * cost
         for candidate in self.candidates:
-            owners = {xid for xid in candidate.awaited if xid % _XID_CYCLE in writers}
+            owners = among(candidate.awaited, writers)
             self._bystanders |= candidate.awaited - owners
             candidate.awaited = owners
         self._advance()
@@ -195,6 +195,11 @@ def _running(snapshot: str, *, next_xid: int, relay_xids: str) -> frozenset[int]
     running.update(range(xmax, xmax + beyond))
     relays = {int(xid) for xid in relay_xids.split(",") if xid}
     return frozenset(xid for xid in running if xid % _XID_CYCLE not in relays)
+
+
+def among(xids: Collection[int], writers: Collection[int]) -> set[int]:
+    """Give those of the full transaction ids *xids* that are among *writers*, which have 32 bits as in pg_locks."""
+    return {xid for xid in xids if xid % _XID_CYCLE in writers}
 
 
 def list_writers(connection: Connection, *, schema: str) -> frozenset[int]:

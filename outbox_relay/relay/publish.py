@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ProducerSetting = str | int | float | bool
 
 _ALONE_SECONDS = 60.0
-METADATA_SECONDS = 5.0
+_METADATA_SECONDS = 5.0
 _PURGE_SECONDS = 2.0
 _GAP_REFUSED = KafkaError._GAPLESS_GUARANTEE  # noqa: SLF001 -- librdkafka's names begin with an underscore
 _WITHDRAWING_CODES = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT", "_FATAL"})
@@ -39,8 +39,8 @@ class Publisher:
     Sends batches of records; one per lane, used by one thread.
 
     A broker that refuses one message refuses the whole batch it came in, and every message of the batch is reported
-    with the same error. So the topic of such a batch is sent message by message for a minute, by a second producer:
-    what is refused alone is guilty.
+    with the same error. So the topic of such a batch is sent for a minute by a second producer, one message of each key
+    at a time: what is refused alone is guilty.
     """
 
     def __init__(self, config: Mapping[str, ProducerSetting], *, logger: logging.Logger | None = None) -> None:
@@ -61,9 +61,9 @@ class Publisher:
         Raises:
             KafkaUnavailable: No broker answered within five seconds.
         """
-        self._together.metadata_error(next(iter(self._known_topics), None), timeout=METADATA_SECONDS)
+        self._together.metadata_error(next(iter(self._known_topics), None), timeout=_METADATA_SECONDS)
 
-    def unavailable(self, topics: Iterable[str], *, timeout: float = METADATA_SECONDS) -> dict[str, Failure]:
+    def unavailable(self, topics: Iterable[str], *, timeout: float = _METADATA_SECONDS) -> dict[str, Failure]:
         """
         Tell which of *topics* cannot be written to; each is asked about once, until it fails.
 
@@ -93,7 +93,7 @@ class Publisher:
         Raises:
             KafkaUnavailable: No broker tells whether a topic that is new to us exists; nothing was sent.
         """
-        timeout = min(METADATA_SECONDS, max(0.0, deadline - time.monotonic()))
+        timeout = min(_METADATA_SECONDS, max(0.0, deadline - time.monotonic()))
         missing = self.unavailable({record.topic for record in records}, timeout=timeout)
         outcomes: list[Outcome] = [missing.get(record.topic, WITHDRAWN) for record in records]
         now = time.monotonic()
@@ -180,6 +180,8 @@ class _Sender:
         producer = self._open()
         self._hand_over(producer, records, indexes, outcomes, deadline=deadline)
         interruption = self._await_reports(producer, deadline=deadline)
+        if interruption is None and outcomes.count(None) == len(outcomes):
+            return False  # as nearly always: no need to look at each
         if interruption is not None:
             self.drop()  # it has failed, or what was purged in flight has left a gap, which makes it fail
         for index in indexes:
