@@ -57,6 +57,13 @@ _SCOPES = {
         "_INVALID_ARG",
         "_BAD_COMPRESSION",
     ),
+    Scope.BATCH: (  # the producer has failed, and a new one takes the batch
+        "INVALID_PRODUCER_EPOCH",
+        "PRODUCER_FENCED",
+        "OUT_OF_ORDER_SEQUENCE_NUMBER",
+        "UNKNOWN_PRODUCER_ID",
+        "INVALID_PRODUCER_ID_MAPPING",
+    ),
     Scope.TOPIC: (
         "UNKNOWN_TOPIC_OR_PART",
         "TOPIC_AUTHORIZATION_FAILED",

@@ -124,13 +124,13 @@ class Publisher:
             queues = {key: queue for key, queue in queues.items() if outcomes[queue.popleft()] is None and queue}
 
     def _send_alone_from_now_on(self, records: Sequence[Record], outcomes: Sequence[Outcome]) -> None:
-        """Remember the topic that refused a batch; if its report was lost, every topic that it may have been."""
-        withdrawn = {
-            (record.topic, scope_of(outcome.code))
-            for record, outcome in zip(records, outcomes, strict=True)
-            if outcome is not None and outcome.scope is Scope.BATCH
-        }
-        refusing = {topic for topic, scope in withdrawn if scope is Scope.MESSAGE} or {topic for topic, _ in withdrawn}
+        """Remember the topics that refused a batch; should no report say which, all those that it may have been."""
+        failed = [
+            (record.topic, outcome) for record, outcome in zip(records, outcomes, strict=True) if outcome is not None
+        ]
+        refusing = {topic for topic, outcome in failed if scope_of(outcome.code) is Scope.MESSAGE}
+        if all(outcome is WITHDRAWN for _, outcome in failed):
+            refusing = {topic for topic, _ in failed}
         self._alone_until |= dict.fromkeys(refusing, time.monotonic() + _ALONE_SECONDS)
 
     def close(self) -> None:
@@ -178,8 +178,11 @@ class _Sender:
         if not indexes:
             return False
         producer = self._open()
-        self._hand_over(producer, records, indexes, outcomes, deadline=deadline)
+        errors: dict[int, KafkaError] = {}
+        self._hand_over(producer, records, indexes, outcomes, errors, deadline=deadline)
         interruption = self._await_reports(producer, deadline=deadline)
+        for index, error in errors.items():
+            outcomes[index] = self._failure_reported(error)
         if interruption is None and outcomes.count(None) == len(outcomes):
             return False  # as nearly always: no need to look at each
         if interruption is not None:
@@ -200,11 +203,12 @@ class _Sender:
         records: Sequence[Record],
         indexes: Sequence[int],
         outcomes: list[Outcome],
+        errors: dict[int, KafkaError],
         *,
         deadline: float,
     ) -> None:
         """Give the records to librdkafka's queue, in order; stop at the deadline or a full queue."""
-        produce, now, report = producer.produce, time.monotonic, self._report
+        produce, now = producer.produce, time.monotonic
         stopped_keys: set[tuple[str, str]] = set()
         for index in indexes:
             topic, key, value, headers, timestamp_ms = records[index]
@@ -217,7 +221,7 @@ class _Sender:
                     topic,
                     value,
                     key,
-                    on_delivery=partial(report, outcomes, index),
+                    on_delivery=partial(_take_report, outcomes, errors, index),
                     timestamp=timestamp_ms,
                     headers=headers,
                 )
@@ -231,24 +235,12 @@ class _Sender:
             else:
                 outcomes[index] = NO_REPORT
 
-    def _report(
-        self, outcomes: list[Outcome], index: int, error: KafkaError | None, _message: DeliveredMessage
-    ) -> None:
-        """Take a delivery report. It must never raise: the exception would surface from `flush()` of other messages."""
-        if error is None:
-            outcomes[index] = None
-            return
-        failure = _failure(error)
-        is_shared = failure.scope is Scope.MESSAGE and not self._is_single
-        outcomes[index] = replace(failure, scope=Scope.BATCH) if is_shared else failure
-
     def _await_reports(self, producer: Producer, *, deadline: float) -> Failure | None:
         """
         Wait until every message is reported; give what cut the waiting short, if anything.
 
-        A fatal error comes as an exception, sometimes wrapped in a SystemError, and reports are still to be fetched
-        after it. Out of `flush()`, which alone ends the linger, it takes the next report with it, perhaps the one that
-        says who is guilty; that is found out singly, with `poll()`.
+        A fatal error comes as an exception, mostly wrapped in a SystemError, and reports are still to be fetched after
+        it.
         """
         interruption: Failure | None = None
         while len(producer) and time.monotonic() < deadline:
@@ -267,6 +259,11 @@ class _Sender:
                 producer.flush(_PURGE_SECONDS)
             interruption = interruption or NO_REPORT
         return interruption
+
+    def _failure_reported(self, error: KafkaError) -> Failure:
+        failure = _failure(error)
+        is_shared = failure.scope is Scope.MESSAGE and not self._is_single
+        return replace(failure, scope=Scope.BATCH) if is_shared else failure
 
     def _why_too_large(self, record: Record) -> str:
         own = sum(len(part) for header in record.headers for part in header if part)
@@ -288,6 +285,25 @@ class _Sender:
             self._producer = Producer(self._config)
             self.producers_built += 1
         return self._producer
+
+
+def _take_report(
+    outcomes: list[Outcome],
+    errors: dict[int, KafkaError],
+    index: int,
+    error: KafkaError | None,
+    _message: DeliveredMessage,
+) -> None:
+    """
+    Note a delivery report, and do nothing else.
+
+    After a fatal error the driver calls this with an exception already set, which surfaces from `flush()` at the first
+    call of a C function, or is lost if that one clears it. So nothing is called here, and nothing can raise.
+    """
+    if error is None:
+        outcomes[index] = None
+    else:
+        errors[index] = error
 
 
 def _interruption(error: KafkaException | SystemError) -> Failure:

@@ -22,6 +22,13 @@ MESSAGE_CODES = {
     "_BAD_MSG",
     "_INVALID_ARG",
 }
+BATCH_CODES = {
+    "INVALID_PRODUCER_EPOCH",
+    "INVALID_PRODUCER_ID_MAPPING",
+    "OUT_OF_ORDER_SEQUENCE_NUMBER",
+    "PRODUCER_FENCED",
+    "UNKNOWN_PRODUCER_ID",
+}
 TOPIC_CODES = {
     "INVALID_REQUIRED_ACKS",
     "POLICY_VIOLATION",
@@ -50,8 +57,8 @@ def test_every_error_has_one_scope_and_what_is_not_understood_parks_nothing() ->
     assert by_scope == {
         Scope.MESSAGE: MESSAGE_CODES,
         Scope.TOPIC: TOPIC_CODES,
-        Scope.BATCH: set(),
-        Scope.CONNECTION: EVERY_CODE - MESSAGE_CODES - TOPIC_CODES,
+        Scope.BATCH: BATCH_CODES,
+        Scope.CONNECTION: EVERY_CODE - MESSAGE_CODES - TOPIC_CODES - BATCH_CODES,
     }
 
 
@@ -66,7 +73,6 @@ def test_every_error_has_one_scope_and_what_is_not_understood_parks_nothing() ->
         "CLUSTER_AUTHORIZATION_FAILED",
         "NOT_ENOUGH_REPLICAS",
         "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
-        "OUT_OF_ORDER_SEQUENCE_NUMBER",
         "SASL_AUTHENTICATION_FAILED",
         "THROTTLING_QUOTA_EXCEEDED",
         "an error of a later Kafka",
