@@ -1,5 +1,43 @@
 CREATE SCHEMA app;
 
+CREATE FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb DEFAULT NULL::jsonb, payload_bytes bytea DEFAULT NULL::bytea, headers jsonb DEFAULT '{}'::jsonb, message_id uuid DEFAULT gen_random_uuid()) RETURNS uuid
+    LANGUAGE plpgsql
+    SET search_path TO 'app', 'pg_temp'
+    AS $_$
+DECLARE
+    reserved CONSTANT text[] := ARRAY['id', 'event_type', 'aggregate_type', 'sequence_no', 'source', 'unordered'];
+    mistake text[];
+BEGIN
+    mistake := CASE
+        WHEN coalesce(aggregate_type, '') = '' THEN
+            ARRAY['aggregate_type is empty', 'Give the kind of thing that the message is about.']
+        WHEN coalesce(aggregate_id, '') = '' THEN
+            ARRAY['aggregate_id is empty', 'Give the key: messages of one type and key are in order.']
+        WHEN coalesce(event_type, '') = '' THEN
+            ARRAY['event_type is empty', 'Give what has happened.']
+        WHEN num_nonnulls(payload, payload_bytes) = 2 THEN
+            ARRAY['payload and payload_bytes are both given', 'A message has one value: leave one out.']
+        WHEN message_id IS NULL THEN
+            ARRAY['message_id is null', 'Leave it out, or give a uuid.']
+        WHEN jsonb_typeof(headers) IS DISTINCT FROM 'object'
+            OR jsonb_path_exists(headers, 'strict $.* ? (@.type() <> "string")', silent => true) THEN
+            ARRAY[format('headers are %s', left(coalesce(headers::text, 'null'), 200)), 'Give an object of strings.']
+        WHEN headers ?| reserved THEN
+            ARRAY[
+                format('headers are %s', left(headers::text, 200)),
+                format('The relay sets %s itself: choose other names.', array_to_string(reserved, ', '))
+            ]
+    END;
+    IF mistake IS NOT NULL THEN
+        RAISE invalid_parameter_value USING MESSAGE = mistake[1], HINT = mistake[2];
+    END IF;
+
+    INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, headers)
+    VALUES (message_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, headers);
+    RETURN message_id;
+END
+$_$;
+
 CREATE TABLE app.outbox (
     id bigint NOT NULL,
     message_id uuid DEFAULT gen_random_uuid() NOT NULL,
@@ -78,6 +116,9 @@ CREATE INDEX outbox_unpublished_idx ON app.outbox USING btree (shard, sequence_n
 GRANT USAGE ON SCHEMA app TO outbox_writer;
 GRANT USAGE ON SCHEMA app TO outbox_relay;
 GRANT USAGE ON SCHEMA app TO outbox_pruner;
+
+REVOKE ALL ON FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb, payload_bytes bytea, headers jsonb, message_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb, payload_bytes bytea, headers jsonb, message_id uuid) TO outbox_writer;
 
 GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_relay;
 GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_pruner;

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from outbox_relay.errors import OutboxRelayError
 from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope
+from outbox_relay.wire import RESERVED_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from outbox_relay.relay.failures import Outcome
 
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
-_RESERVED_HEADERS = frozenset(
-    {"id", "event_type", "aggregate_type", "sequence_no", "source", "unordered"},
-)
 
 Header = tuple[str, str | bytes | None]
 Key = tuple[str, str]
@@ -154,7 +152,7 @@ def _own_headers(text: str) -> dict[str, str]:
     for name, value in own.items():
         if not isinstance(value, str):
             raise Unpublishable(f'header "{name}" is {json.dumps(value)[:100]}: a header is a string')
-        if name in _RESERVED_HEADERS:
+        if name in RESERVED_HEADERS:
             raise Unpublishable(f'header "{name}" is set by the relay: choose another name')
     return cast("dict[str, str]", own)
 

@@ -1,4 +1,4 @@
-"""The statements of the relay, one per file, read once and bound to the configured schema."""
+"""The statements, one per file, read once and bound to the configured schema."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def numbers(values: Iterable[int]) -> str:
 
 
 @cache
-def statement(name: str, *, schema: str) -> bytes:
+def statement(name: str, *, schema: str | None) -> bytes:
     """
-    Give the statement in `<name>.sql` with `{schema}` replaced by the quoted *schema*.
+    Give the statement in `<name>.sql` with `{schema}` replaced by the quoted *schema*; None leaves it to search_path.
 
     Comment lines are left out: the driver caches short statements only, and the server need not parse them each time.
     """
     text = _COMMENT_LINE.sub(b"", (files(__name__) / f"{name}.sql").read_bytes())
+    if schema is None:
+        return text.replace(b"{schema}.", b"").strip()
     return text.replace(b"{schema}", sql.Identifier(schema).as_bytes(None)).strip()
