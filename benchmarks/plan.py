@@ -22,6 +22,9 @@ class Plan:
         open_transactions: Bystanders while the horizon looks for writers, in rising order.
         looks: Looks timed beside each number of bystanders.
         idle_seconds: How long an idle relay is watched.
+        inbox_messages: Messages consumed in large transactions.
+        inbox_messages_singly: Messages consumed in transactions of their own.
+        inbox_messages_kept: Messages accepted before the size of an inbox is looked at.
     """
 
     repeat: int = 3
@@ -36,6 +39,9 @@ class Plan:
     open_transactions: tuple[int, ...] = (0, 50, 150, 300)
     looks: int = 100
     idle_seconds: float = 20.0
+    inbox_messages: int = 50_000
+    inbox_messages_singly: int = 5_000
+    inbox_messages_kept: int = 1_000_000
 
 
 FULL = Plan()
@@ -49,4 +55,7 @@ QUICK = Plan(
     published_rows=(10_000, 100_000, 1_000_000),
     open_transactions=(0, 50, 150),
     idle_seconds=5.0,
+    inbox_messages=20_000,
+    inbox_messages_singly=2_000,
+    inbox_messages_kept=100_000,
 )

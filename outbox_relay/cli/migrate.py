@@ -18,12 +18,22 @@ if TYPE_CHECKING:
     from outbox_relay.config import Configuration, Settings
 
 
+_line_option = click.option(
+    "--inbox",
+    "line",
+    flag_value="inbox",
+    default="outbox",
+    help="The tables of a consumer, in place of the outbox.",
+)
+
+
 @click.group()
 def migrate() -> None:
     """Bring the tables to the state that this version needs."""
 
 
 @migrate.command()
+@_line_option
 @click.option(
     "--lock-timeout",
     "lock_timeout_seconds",
@@ -35,11 +45,13 @@ def migrate() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options("schema")
-def apply(configuration: Configuration, *, lock_timeout_seconds: float, as_json: bool) -> None:
+def apply(configuration: Configuration, *, line: str, lock_timeout_seconds: float, as_json: bool) -> None:
     """Apply what is pending, as the role that owns the tables, and print it."""
     settings = configuration.settings
     with _connect(settings) as conn:
-        applied = migrations.apply(conn, schema=settings.schema_name, lock_timeout_seconds=lock_timeout_seconds)
+        applied = migrations.apply(
+            conn, schema=settings.schema_name, line=line, lock_timeout_seconds=lock_timeout_seconds
+        )
     if as_json:
         click.echo(
             json.dumps([{"number": migration.number, "name": migration.name} for migration in applied], indent=2)
@@ -49,14 +61,15 @@ def apply(configuration: Configuration, *, lock_timeout_seconds: float, as_json:
 
 
 @migrate.command()
+@_line_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @settings_options("schema")
 @click.pass_context
-def status(ctx: click.Context, configuration: Configuration, *, as_json: bool) -> None:
+def status(ctx: click.Context, configuration: Configuration, *, line: str, as_json: bool) -> None:
     """Print each migration as applied, pending or unknown to this version; exit with 5 when one is pending."""
     settings = configuration.settings
     with _connect(settings) as conn:
-        states = migrations.status(conn, schema=settings.schema_name)
+        states = migrations.status(conn, schema=settings.schema_name, line=line)
     if as_json:
         click.echo(json.dumps([_json(state) for state in states], indent=2))
     else:
@@ -66,11 +79,12 @@ def status(ctx: click.Context, configuration: Configuration, *, as_json: bool) -
 
 
 @migrate.command()
+@_line_option
 @click.option("--after", type=click.IntRange(min=0), default=0, metavar="N", help="Only migrations numbered above N.")
 @settings_options("schema")
-def sql(configuration: Configuration, *, after: int) -> None:
+def sql(configuration: Configuration, *, line: str, after: int) -> None:
     """Print a script that does and records the same, for review, psql or another tool."""
-    click.echo(migrations.sql(schema=configuration.settings.schema_name, after=after), nl=False)
+    click.echo(migrations.sql(schema=configuration.settings.schema_name, line=line, after=after), nl=False)
 
 
 def _connect(settings: Settings) -> Connection:

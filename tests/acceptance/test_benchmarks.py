@@ -32,6 +32,9 @@ TINY = Plan(
     open_transactions=(0, 5),
     looks=5,
     idle_seconds=1.0,
+    inbox_messages=1_000,
+    inbox_messages_singly=100,
+    inbox_messages_kept=1_000,
 )
 
 
@@ -66,6 +69,15 @@ def test_every_scenario_reports_each_of_its_cases_with_positive_figures(
         "Claims beside published rows": ["1,000", "25,000"],
         "Looking for open writers": ["0", "5"],
         "Idle": ["never used", "drained"],
+        "Consuming each message once": [
+            "none, 500",
+            "`Inbox`, 500",
+            "`SequenceInbox`, 500",
+            "none, 1",
+            "`Inbox`, 1",
+            "`SequenceInbox`, 1",
+        ],
+        "What an inbox keeps": ["`Inbox`", "`SequenceInbox`"],
     }
     figures = [cell for rows in tables.values() for row in rows for cell in row[1:] if row[:2] != ["0", "0"]]
     assert [figure for figure in figures if not re.search("[1-9]", figure.partition(" ")[0])] == []

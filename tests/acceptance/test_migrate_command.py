@@ -7,12 +7,16 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import pytest
+
 from outbox_relay.operate import migrate
 
 if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
 
-ALL = migrate.migrations()
+OUTBOX = migrate.migrations("outbox")
+INBOX = migrate.migrations("inbox")
+LINES = pytest.mark.parametrize(("options", "known"), [([], OUTBOX), (["--inbox"], INBOX)], ids=["outbox", "inbox"])
 
 
 def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,33 +25,37 @@ def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_status_exits_with_5_until_apply_has_run(database: Database) -> None:
-    before = run(database.dsn, "status")
-    assert (before.returncode, before.stdout) == (5, "".join(f"{migration}  pending\n" for migration in ALL))
+@LINES
+def test_status_exits_with_5_until_apply_has_run(
+    database: Database, options: list[str], known: list[migrate.Migration]
+) -> None:
+    before = run(database.dsn, "status", *options)
+    assert (before.returncode, before.stdout) == (5, "".join(f"{migration}  pending\n" for migration in known))
 
-    applied = run(database.dsn, "apply")
-    assert (applied.returncode, applied.stdout) == (0, "".join(f"{migration} applied\n" for migration in ALL))
-    again = run(database.dsn, "apply")
+    applied = run(database.dsn, "apply", *options)
+    assert (applied.returncode, applied.stdout) == (0, "".join(f"{migration} applied\n" for migration in known))
+    again = run(database.dsn, "apply", *options)
     assert (again.returncode, again.stdout) == (0, "nothing is pending\n")
 
-    after = run(database.dsn, "status")
-    assert (after.returncode, after.stdout) == (0, "".join(f"{migration}  applied\n" for migration in ALL))
+    after = run(database.dsn, "status", *options)
+    assert (after.returncode, after.stdout) == (0, "".join(f"{migration}  applied\n" for migration in known))
 
 
 def test_json_has_the_same_facts_for_scripts(database: Database) -> None:
     applied = json.loads(run(database.dsn, "apply", "--json").stdout)
-    assert applied == [{"number": migration.number, "name": migration.name} for migration in ALL]
+    assert applied == [{"number": migration.number, "name": migration.name} for migration in OUTBOX]
 
     states = json.loads(run(database.dsn, "status", "--json").stdout)
     times = [datetime.fromisoformat(state.pop("applied_at")) for state in states]
-    assert states == [{"number": known.number, "name": known.name, "state": "applied"} for known in ALL]
+    assert states == [{"number": known.number, "name": known.name, "state": "applied"} for known in OUTBOX]
     assert times == sorted(times)
     assert (datetime.now(tz=UTC) - times[0]).total_seconds() < 60
 
 
-def test_sql_prints_the_script_without_a_database() -> None:
-    printed = run("host=127.0.0.1 port=1", "sql", "--after", "1", "--schema", "sales")
-    assert (printed.returncode, printed.stdout) == (0, migrate.sql(schema="sales", after=1))
+@pytest.mark.parametrize(("options", "line"), [([], "outbox"), (["--inbox"], "inbox")])
+def test_sql_prints_the_script_without_a_database(options: list[str], line: str) -> None:
+    printed = run("host=127.0.0.1 port=1", "sql", "--after", "1", "--schema", "sales", *options)
+    assert (printed.returncode, printed.stdout) == (0, migrate.sql(schema="sales", line=line, after=1))
 
 
 def test_a_database_that_is_away_exits_with_4() -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fixtures.parts import missing_part
+
 if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
 
@@ -117,6 +119,40 @@ def test_the_installed_wheel_migrates_away_from_the_checkout(wheel: Path, tmp_pa
     applied = environment.run("outbox-relay", "migrate", "apply", **variables)
     assert (applied.returncode, applied.stderr) == (0, "")
     assert environment.run("outbox-relay", "migrate", "status", **variables).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def base_install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The wheel as pip installs it with nothing more said, dependencies from the package index."""
+    environment = Environment(tmp_path_factory.mktemp("base"))
+    venv.create(environment.directory, symlinks=True)
+    python = str(environment.directory / "bin" / "python")
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", str(wheel)]
+    installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if installed.returncode:
+        missing_part(f"the package index cannot be reached: {installed.stderr.strip()[-200:]}")
+    return environment
+
+
+def test_the_base_install_pulls_psycopg_only(base_install: Environment) -> None:
+    [site_packages] = base_install.directory.glob("lib/python*/site-packages")
+    distributions = {found.name.split("-")[0] for found in site_packages.glob("*.dist-info")}
+    assert distributions - {"typing_extensions"} == {"outbox_relay", "psycopg"}  # psycopg needs the third before 3.13
+
+
+def test_the_libraries_import_nothing_of_the_daemon(base_install: Environment) -> None:
+    libraries = ("writer", "consumer", "transactions", "idempotency")
+    imports = "; ".join(f"import outbox_relay.{name}" for name in libraries)
+    finished = base_install.run("python", "-c", f"{imports}; import sys; print(*sys.modules)")
+    if "no pq wrapper available" in finished.stderr:
+        missing_part("libpq is not installed: apt-get install libpq5")
+    loaded = set(finished.stdout.split())
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("outbox_relay.")}
+    assert rooms >= set(libraries)
+    assert rooms <= {*libraries, "errors", "queries", "sql", "wire"}
+    third_parties = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
+    ours = {"outbox_relay", "psycopg", "typing_extensions"}  # psycopg needs the last one before Python 3.13
+    assert {name for name in third_parties if not name.startswith("_")} <= ours
 
 
 def test_without_the_extra_the_command_says_what_to_install(wheel: Path, tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def test_apply_creates_the_schema_and_its_tables(conn: Connection) -> None:
     assert tables(conn) == {"outbox", "outbox_shard", "outbox_unordered", "outbox_relay_migration"}
 
 
+@pytest.mark.every_postgres
+def test_both_lines_share_a_schema_and_its_record(conn: Connection) -> None:
+    migrate.apply(conn, schema=SCHEMA)
+    assert migrate.apply(conn, schema=SCHEMA, line="inbox") == migrate.migrations("inbox")
+    assert tables(conn) >= {"outbox", "inbox_message", "inbox_sequence", "inbox_offset", "outbox_relay_migration"}
+    conn.rollback()
+    assert {
+        known.state for line in ("outbox", "inbox") for known in migrate.status(conn, schema=SCHEMA, line=line)
+    } == {"applied"}
+
+
 def test_a_second_run_applies_nothing(conn: Connection) -> None:
     migrate.apply(conn, schema=SCHEMA)
     assert migrate.apply(conn, schema=SCHEMA) == []
@@ -218,13 +229,14 @@ def run_script(database: Database, script: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.every_postgres
-def test_the_printed_script_in_psql_does_what_apply_does(database: Database, conn: Connection) -> None:
-    script = migrate.sql(schema=SCHEMA)
+@pytest.mark.parametrize("line", ["outbox", "inbox"])
+def test_the_printed_script_in_psql_does_what_apply_does(database: Database, conn: Connection, line: str) -> None:
+    script = migrate.sql(schema=SCHEMA, line=line)
     finished = run_script(database, script)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
-    assert states(conn) == [(migration.number, migration.name, "applied") for migration in ALL]
+    assert {known.state for known in migrate.status(conn, schema=SCHEMA, line=line)} == {"applied"}
     conn.rollback()
-    assert migrate.apply(conn, schema=SCHEMA) == []
+    assert migrate.apply(conn, schema=SCHEMA, line=line) == []
     assert "outbox_relay_migration_pkey" in run_script(database, script).stderr
 
 
