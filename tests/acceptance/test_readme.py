@@ -54,6 +54,13 @@ def test_the_sql_snippet_writes_a_message_in_the_transaction_of_the_order(shop: 
     assert outbox(shop) == [("order", "4711", "order_placed", {"total": 120}, False)]
 
 
+def test_every_python_snippet_is_one_of_those_that_the_tests_of_the_pages_run() -> None:
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("writing.md", "consuming.md")]
+    run = {snippet for page in pages for snippet in snippets(page, "python")}
+    printed = snippets(README, "python")
+    assert (len(printed), set(printed) - run) == (4, set())
+
+
 @pytest.mark.kafka
 def test_what_the_python_snippet_writes_is_published_by_the_commands_of_the_readme(
     shop: Database, kafka: Kafka

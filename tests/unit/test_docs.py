@@ -40,10 +40,9 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    named = re.findall(r"`((?:tests|docs|migrations|benchmarks)/[\w/]+\.\w+)`", page.read_text(encoding="utf-8"))
-    inside = re.findall(
-        r"`((?:relay|config|cli|sql|observe|sandbox|operate)/[\w/]+\.\w+)`", page.read_text(encoding="utf-8")
-    )
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|docs|migrations|benchmarks|examples)/[\w/]+\.\w+)`", text)
+    inside = re.findall(r"`((?:relay|writer|consumer|config|cli|sql|observe|sandbox|operate)/[\w/]+\.\w+)`", text)
     missing = [name for name in named if not (ROOT / name).exists()]
     missing += [name for name in inside if not (ROOT / "outbox_relay" / name).exists()]
     assert missing == []
