@@ -25,10 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One statement with its named parameters."""
+    """
+    One statement with its named parameters.
+
+    `has_rows` is told, not seen: in pipeline mode nothing has come back yet, and no rows would look like none found.
+    """
 
     text: bytes
     parameters: Mapping[str, object] = field(default_factory=dict)
+    has_rows: bool = True
 
 
 Queries = Generator[Query, list[TupleRow], T]
@@ -60,7 +65,7 @@ def execute(session: Session, queries: Queries[T]) -> T:
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]  # a generator's value is untyped here
             cursor.execute(query.text, query.parameters)
-            rows = cursor.fetchall() if cursor.description else []
+            rows = cursor.fetchall() if query.has_rows else []
 
 
 async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
@@ -76,7 +81,7 @@ async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
                 except StopIteration as end:
                     return end.value  # type: ignore[no-any-return]  # a generator's value is untyped here
                 await cursor.execute(query.text, query.parameters)
-                rows = await cursor.fetchall() if cursor.description else []
+                rows = await cursor.fetchall() if query.has_rows else []
 
 
 def require_transaction(connection: Connection[Any] | AsyncConnection[Any]) -> None:

@@ -223,7 +223,7 @@ def record(messages: Sequence[Message], *, consumer: str, schema: str | None) ->
 def _begin(connection: Connection[Any] | AsyncConnection[Any]) -> Queries[None]:
     """Open the transaction if this is its beginning: the driver would commit at the end of an outermost block."""
     if connection.info.transaction_status is TransactionStatus.IDLE:
-        yield Query(b"SELECT")
+        yield Query(b"SELECT", has_rows=False)
 
 
 def _require_idle(connection: Connection[Any] | AsyncConnection[Any]) -> None:

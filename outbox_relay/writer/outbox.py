@@ -87,5 +87,5 @@ class Outbox:
 
     def _insert(self, rows: Sequence[Row]) -> Queries[list[UUID]]:
         if rows:
-            yield Query(self._statement, columns(rows))
+            yield Query(self._statement, columns(rows), has_rows=False)
         return [row.message_id for row in rows]

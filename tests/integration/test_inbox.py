@@ -75,6 +75,12 @@ def test_a_cursor_serves_as_well_as_its_connection(connect: Connect, inbox: AnyI
         assert [inbox.accept(cursor, FIRST), inbox.accept(connection, FIRST)] == [True, False]
 
 
+def test_in_a_pipeline_a_first_delivery_is_not_taken_for_a_duplicate(connect: Connect, inbox: AnyInbox) -> None:
+    connection = connect()
+    with connection.pipeline():
+        assert [inbox.accept(connection, message) for message in (FIRST, FIRST)] == [True, False]
+
+
 class CountingCursor(psycopg.Cursor[Any]):
     """Counts statements."""
 
