@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -44,7 +45,40 @@ class Batch:
     stale: list[Message] = field(default_factory=list)
 
 
-class Inbox:
+class Accepting(ABC):
+    """
+    What both inboxes offer, on one decision of their own.
+
+    Args:
+        consumer: Who consumes. Several consumers share a table and do not see each other's rows.
+        schema: Where the tables are; None leaves it to search_path.
+    """
+
+    def __init__(self, consumer: str, *, schema: str | None = None) -> None:
+        self.consumer = consumer
+        self.schema = schema
+
+    def accept(self, session: Session, message: Message) -> bool:
+        """Record *message*; True when it was not consumed before and its effects are to happen now."""
+        return bool(execute(session, self._accept([message])).fresh)
+
+    async def accept_async(self, session: AsyncSession, message: Message) -> bool:
+        """Do what `accept` does."""
+        return bool((await execute_async(session, self._accept([message]))).fresh)
+
+    def accept_many(self, session: Session, messages: Sequence[Message]) -> Batch:
+        """Record *messages* in one round trip; of several deliveries of a message the first is fresh."""
+        return execute(session, self._accept(messages))
+
+    async def accept_many_async(self, session: AsyncSession, messages: Sequence[Message]) -> Batch:
+        """Do what `accept_many` does."""
+        return await execute_async(session, self._accept(messages))
+
+    @abstractmethod
+    def _accept(self, messages: Sequence[Message]) -> Queries[Batch]: ...
+
+
+class Inbox(Accepting):
     """
     Tells a message's first delivery from the later ones by its id.
 
@@ -66,26 +100,6 @@ class Inbox:
         NoTransaction: The connection is in autocommit mode and no transaction is open.
         SchemaMismatch: The inbox's migrations are not applied, or the role lacks `inbox_consumer`.
     """
-
-    def __init__(self, consumer: str, *, schema: str | None = None) -> None:
-        self.consumer = consumer
-        self.schema = schema
-
-    def accept(self, session: Session, message: Message) -> bool:
-        """Record *message*; True when it was not recorded before and its effects are to happen now."""
-        return bool(execute(session, self._accept([message])).fresh)
-
-    async def accept_async(self, session: AsyncSession, message: Message) -> bool:
-        """Do what `accept` does."""
-        return bool((await execute_async(session, self._accept([message]))).fresh)
-
-    def accept_many(self, session: Session, messages: Sequence[Message]) -> Batch:
-        """Record *messages* in one round trip; of several deliveries of a message the first is fresh."""
-        return execute(session, self._accept(messages))
-
-    async def accept_many_async(self, session: AsyncSession, messages: Sequence[Message]) -> Batch:
-        """Do what `accept_many` does."""
-        return await execute_async(session, self._accept(messages))
 
     @contextmanager
     def once(self, session: Session, message: Message) -> Iterator[bool]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox_relay.consumer.inbox import Batch, record
-from outbox_relay.queries import Query, execute, execute_async
+from outbox_relay.consumer.inbox import Accepting, Batch, record
+from outbox_relay.queries import Query
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from outbox_relay.consumer.message import Message
-    from outbox_relay.queries import AsyncSession, Queries, Session
+    from outbox_relay.queries import Queries
 
 
-class SequenceInbox:
+class SequenceInbox(Accepting):
     """
     Tells a message's first delivery from the later ones by its number, which rises with each message of a key.
 
@@ -26,7 +26,7 @@ class SequenceInbox:
     levels and errors are as with `Inbox`; each method has a twin for asyncio whose name ends in `_async`.
 
     A message that is unordered is deduplicated by its id, in the table of `Inbox` and under the same consumer: prune
-    it with `Inbox(consumer).prune`.
+    it with `Inbox(consumer).prune`. A batch with such messages takes two round trips.
 
     Limits: it relies on the relay's promise of order, so messages of a key that are written beside the relay, or by a
     relay whose `on_poison` is changed between "park" and "skip" while messages are in flight, are dropped or doubled.
@@ -39,26 +39,6 @@ class SequenceInbox:
         consumer: Who consumes. Several consumers share a table and do not see each other's marks.
         schema: Where the tables are; None leaves it to search_path.
     """
-
-    def __init__(self, consumer: str, *, schema: str | None = None) -> None:
-        self.consumer = consumer
-        self.schema = schema
-
-    def accept(self, session: Session, message: Message) -> bool:
-        """Record *message*; True when it is newer than all of its key before and its effects are to happen now."""
-        return bool(execute(session, self._accept([message])).fresh)
-
-    async def accept_async(self, session: AsyncSession, message: Message) -> bool:
-        """Do what `accept` does."""
-        return bool((await execute_async(session, self._accept([message]))).fresh)
-
-    def accept_many(self, session: Session, messages: Sequence[Message]) -> Batch:
-        """Record *messages* in one round trip, or two when some of them are unordered."""
-        return execute(session, self._accept(messages))
-
-    async def accept_many_async(self, session: AsyncSession, messages: Sequence[Message]) -> Batch:
-        """Do what `accept_many` does."""
-        return await execute_async(session, self._accept(messages))
 
     def _accept(self, messages: Sequence[Message]) -> Queries[Batch]:
         marks = yield from self._raise_marks([message for message in messages if not message.is_unordered])
