@@ -58,7 +58,8 @@ class Reader:
     partition that goes away nothing is in hand but what the same `fetch` has just taken, and that is dropped.
 
     Nothing is paused or sought in a partition before a record, or its end, was seen: until librdkafka has begun to
-    read it, either would make it forget to (librdkafka issues 2190 and 5591).
+    read it, either would make it forget to (librdkafka issues 2190 and 5591). And nothing is resumed that was not
+    paused: it could be read from somewhere else, or not at all (4686).
 
     Attributes:
         reading: Partitions that are ours and being read.
@@ -162,9 +163,10 @@ class Reader:
 
     def _forget(self, client: confluent_kafka.Consumer, revoked: list[TopicPartition]) -> None:
         """Drop all that is known of partitions that are ours no longer; their offsets are for their new owner."""
-        client.resume(revoked)  # or they would still be paused when they come back
         for gone in revoked:
             partition = Partition(gone.topic, gone.partition)
+            if partition in self._held_until:  # or it would still be paused when it comes back
+                client.resume([gone])
             self._gone.add(partition)
             self.reading.discard(partition)
             self._uncommitted.discard(partition)
