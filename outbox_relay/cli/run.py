@@ -31,6 +31,7 @@ from outbox_relay.relay.claim import SHARDS, ClaimOptions
 from outbox_relay.relay.failures import Backoff
 from outbox_relay.relay.loop import LaneOptions
 from outbox_relay.relay.message import Addressing
+from outbox_relay.relay.prune import PruneOptions
 from outbox_relay.relay.publish import Publisher
 from outbox_relay.relay.relay import Relay, RelayOptions
 from outbox_relay.relay.watch import WatchOptions
@@ -233,7 +234,14 @@ def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
         poll_interval=settings.poll_interval,
         idle_poll_interval=settings.idle_poll_interval,
     )
-    return RelayOptions(lanes=settings.lanes, lane=lane, watch=watch)
+    prune = PruneOptions(
+        schema=settings.schema_name,
+        older_than_seconds=settings.retention,
+        lock_timeout=settings.lock_timeout,
+        statement_timeout=settings.statement_timeout,
+        transaction_timeout=settings.transaction_timeout,
+    )
+    return RelayOptions(lanes=settings.lanes, lane=lane, watch=watch, prune=prune if settings.retention else None)
 
 
 def _librdkafka_logger() -> logging.Logger:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from outbox_relay.config import kafka
+from outbox_relay.config.durations import MOST_SECONDS, duration_seconds
 from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic reads the annotations
 from outbox_relay.config.names import PREFIX, env_name
 from outbox_relay.relay.claim import SHARDS
@@ -66,6 +67,10 @@ def _connection_string(url: SecretStr) -> SecretStr:
 
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
+
+
+def _duration(value: object) -> object:
+    return duration_seconds(value) if isinstance(value, str) else value
 
 
 def _from_json(value: object) -> object:
@@ -147,8 +152,14 @@ class Settings(BaseSettings):
     reading of dead index entries."""
 
     settle: Literal["mark", "delete"] = "mark"
-    """What happens to a published row. `mark` keeps it for replay, and it needs pruning; `delete` costs half and keeps
-    nothing."""
+    """What happens to a published row. `mark` keeps it for replay, until retention removes it; `delete` costs half and
+    keeps nothing."""
+
+    retention: Annotated[float, BeforeValidator(_duration), Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)] = (
+        604_800.0
+    )
+    """Seconds for which a published row is kept, or a duration such as `36h` or `30d`. More: a larger table. Less:
+    less to replay. 0: for ever, and `outbox-relay prune` is left to you."""
 
     ordering: Literal["sequence", "none"] = "sequence"
     """`sequence` publishes the messages of a key in the order of their numbers. `none` does not wait for open

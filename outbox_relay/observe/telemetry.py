@@ -125,6 +125,18 @@ class Telemetry:
         self._metrics.claim_conflicts.inc()
         self._logger.warning(events.CLAIM_CONFLICTED, lane=lane, error=str(error))
 
+    def batch_pruned(self, messages: int, *, seconds: float) -> None:
+        """Count messages that were removed because of their age."""
+        self._metrics.prune_seconds.observe(seconds)
+        if messages:
+            self._metrics.pruned_messages.inc(messages)
+            self._logger.debug(events.BATCH_PRUNED, messages=messages, seconds=round(seconds, 6))
+
+    def pruning_failed(self, error: Exception) -> None:
+        """Count a round of pruning that an error ended; the relay works on."""
+        self._metrics.failed_prunings.inc()
+        self._logger.warning(events.PRUNING_FAILED, error=str(error))
+
     def horizon_polled(self, *, held_seconds: float) -> None:
         """Keep the age of a held horizon, and the watch's heartbeat."""
         self._metrics.horizon_held_seconds.set(held_seconds)

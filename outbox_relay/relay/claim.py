@@ -155,14 +155,7 @@ def claim(
         DatabaseUnavailable: The connection broke; nothing is claimed.
         DatabaseConflict: A row stayed locked for longer than the lock time-out; nothing is claimed.
     """
-    parameters = floors.parameters() | {
-        "through": through,
-        "held_types": list(held_types),
-        "max_shards": options.shards,
-        "batch_size": options.messages,
-        "batch_bytes": options.stored_bytes,
-        "readable_bytes": options.readable_bytes,
-    }
+    parameters = claim_parameters(options, through=through, floors=floors, held_types=held_types)
     take = statement("claim", schema=options.schema)
     with translated_errors():
         # In one message and not in a pipeline, which the driver ends with a Flush: PostgreSQL counts no idle time after
@@ -172,6 +165,20 @@ def claim(
         if not batch.messages:
             connection.commit()  # not a rollback, after which the driver prepares the claim anew
     return batch
+
+
+def claim_parameters(
+    options: ClaimOptions, *, through: int, floors: Floors, held_types: Collection[str] = ()
+) -> dict[str, object]:
+    """Give the parameters of `claim.sql`."""
+    return floors.parameters() | {
+        "through": through,
+        "held_types": list(held_types),
+        "max_shards": options.shards,
+        "batch_size": options.messages,
+        "batch_bytes": options.stored_bytes,
+        "readable_bytes": options.readable_bytes,
+    }
 
 
 def _batch(rows: Sequence[TupleRow]) -> Batch:

@@ -1,4 +1,4 @@
-"""The relay as a whole: one horizon watch and its lanes, started together and stopped in two levels."""
+"""The relay as a whole: one horizon watch, its lanes and the pruner, started together and stopped in two levels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from outbox_relay.errors import DatabaseUnavailable, KafkaUnavailable
 from outbox_relay.relay.horizon import read_last_no
 from outbox_relay.relay.loop import Lane, LaneOptions
+from outbox_relay.relay.prune import PruneOptions, Pruner
 from outbox_relay.relay.watch import HorizonWatch, WatchOptions
 
 if TYPE_CHECKING:
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
-    """What a relay process is made of."""
+    """What a relay process is made of; without *prune* every message is kept."""
 
     lanes: int = 2
     lane: LaneOptions = LaneOptions()  # noqa: RUF009 -- frozen
     watch: WatchOptions = WatchOptions()  # noqa: RUF009 -- frozen
+    prune: PruneOptions | None = None
 
 
 class Relay:
@@ -73,6 +75,14 @@ class Relay:
             threading.Thread(target=self._watch.run, name="horizon", daemon=True),
             *(threading.Thread(target=lane.run, name=lane.name, daemon=True) for lane in self._lanes),
         ]
+        if options.prune is not None:
+            pruner = Pruner(
+                options=options.prune,
+                connect=partial(connect, "prune"),
+                telemetry=telemetry,
+                stop=self._stop,
+            )
+            self._threads.append(threading.Thread(target=pruner.run, name="prune", daemon=True))
 
     def start(self) -> None:
         """Start the threads."""

@@ -34,8 +34,8 @@ def work_until_stopped(
     Call *work* with a connection on which the outbox can be read, again and again until *stop*.
 
     After an error the connection is closed, *lose* is called, and the next one comes after a pause: longer each time,
-    and short again once a connection has lasted. The only broad except of the relay is here: a thread that ends
-    silently is worse than one that reports what nobody expected and tries again.
+    and short again once a connection has lasted. The except is broad: a thread that ends silently is worse
+    than one that reports what nobody expected and tries again.
     """
     backoff = Backoff()
     chance = random.Random()  # noqa: S311 -- jitter, no secret

@@ -99,6 +99,8 @@ def test_metrics_count_parked_and_late_messages(pipeline: Pipeline) -> None:
         insert_messages(late, "order-2")
         commit_messages(writer, "order-3")
         relay.wait_for_event("writer_given_up")
+        is_overtaken = "SELECT published_at IS NOT NULL FROM outbox WHERE aggregate_id = 'order-3'"
+        eventually(lambda: writer.execute(is_overtaken).fetchone() == (True,))
         late.commit()
         pipeline.await_settled()
         names = ("parked_messages", "given_up_writers", "unordered_messages", "late_messages")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from outbox_relay import database as relay_database
-from outbox_relay.relay.claim import SHARDS, ClaimOptions, Floors, begin_statement
+from outbox_relay.relay.claim import SHARDS, ClaimOptions, Floors, begin_statement, claim_parameters
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -90,14 +90,7 @@ def lane(database: Database) -> Iterator[Connection]:
 def explained_claim(lane: Connection, *, floors: Floors) -> Plan:
     """Claim a batch as a lane does, have it explained, and give it back."""
     options = ClaimOptions(messages=BATCH)
-    parameters = floors.parameters() | {
-        "through": 10**6,
-        "held_types": [],
-        "max_shards": options.shards,
-        "batch_size": options.messages,
-        "batch_bytes": options.stored_bytes,
-        "readable_bytes": options.readable_bytes,
-    }
+    parameters = claim_parameters(options, through=10**6, floors=floors)
     lane.execute(begin_statement(options))
     explain = b"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + statement("claim", schema="public")
     [([explained],)] = lane.execute(explain, parameters).fetchall()

@@ -1,0 +1,74 @@
+"""Prune an outbox once, from end to end, for cron or for an operator."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outbox_relay.relay.prune import count_batch, prune_batch, prune_unordered
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from psycopg import Connection
+
+    from outbox_relay.relay.prune import PruneOptions
+
+_BUSY_SECONDS = 0.05  # while a relay prunes a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """
+    What was removed.
+
+    Attributes:
+        messages: Published messages.
+        unordered: Records of transactions that were given up on, of which every message is published.
+    """
+
+    messages: int
+    unordered: int
+
+
+def prune(connection: Connection, *, options: PruneOptions, on_batch: Callable[[int], None]) -> Pruned:
+    """
+    Remove every message that is old enough, and what is remembered of overtaken transactions.
+
+    *connection* is in autocommit mode. Each batch is a transaction, and as much time passes between two of them as they
+    take; whatever ends this early leaves the batches so far removed.
+
+    Args:
+        on_batch: Is told how many messages are removed so far.
+
+    Raises:
+        DatabaseUnavailable: The connection broke.
+        DatabaseConflict: A lock or a time-out rolled a batch back.
+        SchemaMismatch: There is no outbox, or this role may not remove its messages.
+    """
+    removed = after = 0
+    while True:
+        started = time.monotonic()
+        batch = prune_batch(connection, options=options, after=after)
+        if batch is None:
+            time.sleep(_BUSY_SECONDS)
+            continue
+        removed += batch.messages
+        after = batch.after
+        on_batch(removed)
+        if batch.is_last:
+            return Pruned(removed, prune_unordered(connection, options=options))
+        time.sleep(time.monotonic() - started)
+
+
+def count_prunable(connection: Connection, *, options: PruneOptions, on_batch: Callable[[int], None]) -> int:
+    """Count the messages that `prune` would remove; raise what it raises."""
+    found = after = 0
+    while True:
+        batch = count_batch(connection, options=options, after=after)
+        found += batch.messages
+        after = batch.after
+        on_batch(found)
+        if batch.is_last:
+            return found
