@@ -62,6 +62,37 @@ WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000'
 ALTER TABLE ONLY app.outbox ALTER COLUMN payload SET STORAGE EXTERNAL;
 ALTER TABLE ONLY app.outbox ALTER COLUMN payload_bytes SET STORAGE EXTERNAL;
 
+CREATE TABLE app.outbox_audit (
+    id bigint NOT NULL,
+    recorded_at timestamp with time zone DEFAULT now() NOT NULL,
+    action text NOT NULL,
+    session_role text DEFAULT SESSION_USER NOT NULL,
+    operator text,
+    why text,
+    outbox_id bigint NOT NULL,
+    message_id uuid NOT NULL,
+    aggregate_type text NOT NULL,
+    aggregate_id text NOT NULL,
+    sequence_no bigint NOT NULL,
+    parked_reason text,
+    content jsonb,
+    CONSTRAINT outbox_audit_action_check CHECK ((action = ANY (ARRAY['edit'::text, 'release'::text, 'skip'::text]))),
+    CONSTRAINT outbox_audit_content_check CHECK (((action = 'release'::text) OR (content IS NOT NULL)))
+);
+
+COMMENT ON COLUMN app.outbox_audit.operator IS 'The person, as given; session_role is what PostgreSQL knows';
+
+COMMENT ON COLUMN app.outbox_audit.content IS 'The whole row before an edit or a skip; payload_bytes in hex, as bytea reads it';
+
+ALTER TABLE app.outbox_audit ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME app.outbox_audit_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
 ALTER TABLE app.outbox ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME app.outbox_id_seq
     START WITH 1
@@ -97,6 +128,9 @@ CREATE TABLE app.outbox_unordered (
     recorded_at timestamp with time zone DEFAULT now() NOT NULL
 );
 
+ALTER TABLE ONLY app.outbox_audit
+    ADD CONSTRAINT outbox_audit_pkey PRIMARY KEY (id);
+
 ALTER TABLE ONLY app.outbox
     ADD CONSTRAINT outbox_pkey PRIMARY KEY (id);
 
@@ -116,12 +150,14 @@ CREATE INDEX outbox_unpublished_idx ON app.outbox USING btree (shard, sequence_n
 GRANT USAGE ON SCHEMA app TO outbox_writer;
 GRANT USAGE ON SCHEMA app TO outbox_relay;
 GRANT USAGE ON SCHEMA app TO outbox_pruner;
+GRANT USAGE ON SCHEMA app TO outbox_operator;
 
 REVOKE ALL ON FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb, payload_bytes bytea, headers jsonb, message_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb, payload_bytes bytea, headers jsonb, message_id uuid) TO outbox_writer;
 
 GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_relay;
 GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_pruner;
+GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_operator;
 
 GRANT INSERT(message_id) ON TABLE app.outbox TO outbox_writer;
 
@@ -132,27 +168,58 @@ GRANT INSERT(aggregate_id) ON TABLE app.outbox TO outbox_writer;
 GRANT INSERT(event_type) ON TABLE app.outbox TO outbox_writer;
 
 GRANT INSERT(payload) ON TABLE app.outbox TO outbox_writer;
+GRANT UPDATE(payload) ON TABLE app.outbox TO outbox_operator;
 
 GRANT INSERT(payload_bytes) ON TABLE app.outbox TO outbox_writer;
+GRANT UPDATE(payload_bytes) ON TABLE app.outbox TO outbox_operator;
 
 GRANT INSERT(headers) ON TABLE app.outbox TO outbox_writer;
+GRANT UPDATE(headers) ON TABLE app.outbox TO outbox_operator;
 
 GRANT INSERT(created_at) ON TABLE app.outbox TO outbox_writer;
 
 GRANT UPDATE(published_at) ON TABLE app.outbox TO outbox_relay;
 
 GRANT UPDATE(parked_at) ON TABLE app.outbox TO outbox_relay;
+GRANT UPDATE(parked_at) ON TABLE app.outbox TO outbox_operator;
 
 GRANT UPDATE(parked_reason) ON TABLE app.outbox TO outbox_relay;
+GRANT UPDATE(parked_reason) ON TABLE app.outbox TO outbox_operator;
+
+GRANT SELECT ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(action) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(operator) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(why) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(outbox_id) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(message_id) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(aggregate_type) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(aggregate_id) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(sequence_no) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(parked_reason) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(content) ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT SELECT ON TABLE app.outbox_relay_migration TO outbox_relay;
 
 GRANT SELECT ON SEQUENCE app.outbox_sequence_no_seq TO outbox_relay;
 
 GRANT SELECT ON TABLE app.outbox_shard TO outbox_relay;
+GRANT SELECT ON TABLE app.outbox_shard TO outbox_operator;
 
 GRANT UPDATE(generation) ON TABLE app.outbox_shard TO outbox_relay;
+GRANT UPDATE(generation) ON TABLE app.outbox_shard TO outbox_operator;
 
 GRANT SELECT,INSERT,DELETE ON TABLE app.outbox_unordered TO outbox_relay;
 GRANT SELECT,DELETE ON TABLE app.outbox_unordered TO outbox_pruner;
+
+GRANT INSERT(transaction_id) ON TABLE app.outbox_unordered TO outbox_operator;
 

@@ -9,6 +9,7 @@ Every error this project raises on purpose.
     |   +-- DatabaseConflict    a lock, a deadlock or a time-out rolled the transaction back
     |   +-- KafkaUnavailable
     +-- MigrationError          a migration could not be applied
+    +-- OperationRefused        what an operator asked for would break a promise, or names what is not there
     +-- InvalidMessage          what is to be written could never be published as it is
     +-- NoTransaction           called outside a transaction, where it would be a dual write again
     +-- ForeignRecord           a Kafka record that no relay has written
@@ -54,6 +55,10 @@ class KafkaUnavailable(DependencyUnavailable):
 
 class MigrationError(OutboxRelayError):
     """A migration could not be applied; its transaction is rolled back."""
+
+
+class OperationRefused(OutboxRelayError):
+    """What an operator asked for cannot be done as asked; nothing was changed for it."""
 
 
 class InvalidMessage(OutboxRelayError, ValueError):

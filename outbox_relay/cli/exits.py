@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from outbox_relay.errors import ConfigurationError, DependencyUnavailable
+from outbox_relay.errors import ConfigurationError, DependencyUnavailable, InvalidMessage, OperationRefused
 
 if TYPE_CHECKING:
     from outbox_relay.errors import OutboxRelayError
@@ -33,5 +33,7 @@ def tell(error: OutboxRelayError) -> ExitCode:
             return ExitCode.CONFIGURATION
         case DependencyUnavailable():
             return ExitCode.UNAVAILABLE
+        case OperationRefused() | InvalidMessage():
+            return ExitCode.USAGE
         case _:
             return ExitCode.INTERNAL

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.every_postgres
 
 INSERT: LiteralString = "INSERT INTO outbox (aggregate_type, aggregate_id, event_type) VALUES ('order', '1', 'placed')"
+AUDIT: LiteralString = """
+    INSERT INTO outbox_audit (action, outbox_id, message_id, aggregate_type, aggregate_id, sequence_no)
+    VALUES ('release', 1, gen_random_uuid(), 'order', '1', 1)
+"""
 
 # Every privilege that is effective on anything in the schema; a column's only where the whole table's is not.
 PRIVILEGES: LiteralString = """
@@ -81,6 +85,30 @@ EXPECTED = {
         "outbox_unordered SELECT",
         "outbox_unordered DELETE",
     },
+    "outbox_operator": {
+        "schema USAGE",
+        "outbox SELECT",
+        "outbox DELETE",
+        "outbox UPDATE payload",
+        "outbox UPDATE payload_bytes",
+        "outbox UPDATE headers",
+        "outbox UPDATE parked_at",
+        "outbox UPDATE parked_reason",
+        "outbox_shard SELECT",
+        "outbox_shard UPDATE generation",
+        "outbox_unordered INSERT transaction_id",
+        "outbox_audit SELECT",
+        "outbox_audit INSERT action",
+        "outbox_audit INSERT operator",
+        "outbox_audit INSERT why",
+        "outbox_audit INSERT outbox_id",
+        "outbox_audit INSERT message_id",
+        "outbox_audit INSERT aggregate_type",
+        "outbox_audit INSERT aggregate_id",
+        "outbox_audit INSERT sequence_no",
+        "outbox_audit INSERT parked_reason",
+        "outbox_audit INSERT content",
+    },
 }
 
 ALLOWED: dict[str, list[LiteralString]] = {
@@ -109,6 +137,17 @@ ALLOWED: dict[str, list[LiteralString]] = {
     "outbox_pruner": [
         "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE published_at < now() ORDER BY id LIMIT 10)",
         "DELETE FROM outbox_unordered WHERE recorded_at < now()",
+    ],
+    "outbox_operator": [
+        "SELECT * FROM outbox WHERE parked_at IS NOT NULL",
+        "UPDATE outbox SET payload = NULL, payload_bytes = NULL, headers = '{}' WHERE id = 1",
+        "UPDATE outbox SET parked_at = NULL, parked_reason = NULL WHERE id = 1",
+        "DELETE FROM outbox WHERE id = 1",
+        "SELECT FROM outbox_shard WHERE shard = 0 FOR UPDATE",
+        "UPDATE outbox_shard SET generation = generation + 1 WHERE shard = 0",
+        "INSERT INTO outbox_unordered (transaction_id) VALUES ('7') ON CONFLICT DO NOTHING",
+        AUDIT,
+        "SELECT * FROM outbox_audit",
     ],
 }
 
@@ -152,6 +191,21 @@ REFUSED: dict[str, list[LiteralString]] = {
         "SELECT shard FROM outbox_shard FOR UPDATE",
         "INSERT INTO outbox_unordered (transaction_id) VALUES ('7')",
         "TRUNCATE outbox",
+        "SELECT id FROM outbox_audit",
+    ],
+    "outbox_operator": [
+        INSERT,
+        "UPDATE outbox SET published_at = now()",
+        "UPDATE outbox SET message_id = gen_random_uuid()",
+        "UPDATE outbox SET aggregate_id = '2'",
+        "SELECT setval('outbox_sequence_no_seq', 1)",
+        "DELETE FROM outbox_shard",
+        "DELETE FROM outbox_unordered",
+        AUDIT.replace("(action", "(session_role, action").replace("VALUES (", "VALUES ('somebody', "),
+        "UPDATE outbox_audit SET why = NULL",
+        "DELETE FROM outbox_audit",
+        "TRUNCATE outbox_audit",
+        "CREATE TABLE mine ()",
     ],
 }
 

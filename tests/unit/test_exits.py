@@ -11,8 +11,10 @@ from outbox_relay.cli import cli
 from outbox_relay.errors import (
     ConfigurationError,
     DatabaseUnavailable,
+    InvalidMessage,
     KafkaUnavailable,
     MigrationError,
+    OperationRefused,
     SchemaMismatch,
 )
 
@@ -24,6 +26,8 @@ from outbox_relay.errors import (
         (SchemaMismatch("no table"), 3, "outbox-relay: no table\n"),
         (DatabaseUnavailable("refused"), 4, "outbox-relay: refused\n"),
         (KafkaUnavailable("refused"), 4, "outbox-relay: refused\n"),
+        (OperationRefused("not parked"), 2, "outbox-relay: not parked\n"),
+        (InvalidMessage("no JSON"), 2, "outbox-relay: no JSON\n"),
         (MigrationError("syntax"), 1, "outbox-relay: syntax\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
