@@ -3,31 +3,75 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
+from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
 from outbox_relay.database import connect
-from outbox_relay.operate.status import MOST_COUNTED, Status, read_status
+from outbox_relay.operate.status import MOST_COUNTED, Status, how_to_end, read_status
 
 if TYPE_CHECKING:
     from outbox_relay.config import Configuration
     from outbox_relay.relay.horizon import OpenTransaction
 
+_SECONDS = click.FloatRange(min=0.1)
+
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch an object a line.")
+@click.option(
+    "--watch",
+    "watch_seconds",
+    is_flag=False,
+    flag_value=2.0,
+    type=_SECONDS,
+    metavar="[SECONDS]",
+    help="Look again every SECONDS, 2 by default, until interrupted.",
+)
+@click.option(
+    "--max-age",
+    "max_age_seconds",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Exit with 5 when the oldest unpublished message is older.",
+)
 @settings_options("schema")
-def status(configuration: Configuration, *, as_json: bool) -> None:
+@click.pass_context
+def status(
+    ctx: click.Context,
+    configuration: Configuration,
+    *,
+    as_json: bool,
+    watch_seconds: float | None,
+    max_age_seconds: float | None,
+) -> None:
     """Show the backlog, its age, what is parked, and which open writers hold the horizon."""
     settings = configuration.settings
     url = settings.database_url.get_secret_value()
     with closing(connect(url, application_name="outbox-relay status")) as connection:
-        found = read_status(connection, schema=settings.schema_name)
-    click.echo(json.dumps(asdict(found), indent=2) if as_json else _text(found))
+        while True:
+            found = read_status(connection, schema=settings.schema_name)
+            _show(found, as_json=as_json, is_watched=watch_seconds is not None)
+            if max_age_seconds is not None and found.oldest_age_seconds > max_age_seconds:
+                ctx.exit(ExitCode.CHECK_FAILED)
+            if watch_seconds is None:
+                return
+            time.sleep(watch_seconds)
+
+
+def _show(found: Status, *, as_json: bool, is_watched: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=None if is_watched else 2))
+        return
+    if is_watched and sys.stdout.isatty():
+        click.clear()
+    click.echo(_text(found))
 
 
 def _text(found: Status) -> str:
@@ -46,13 +90,7 @@ def _count(number: int) -> str:
 
 def _writer(writer: OpenTransaction) -> str:
     """One open transaction with what ends it, for an operator to paste."""
-    if writer.gid:
-        return (
-            f"prepared {writer.gid!r} of {writer.role_name}, {writer.age_seconds:.1f} s: "
-            f"COMMIT PREPARED '{writer.gid}' or ROLLBACK PREPARED '{writer.gid}'"
-        )
     who = writer.application_name or writer.role_name
-    return (
-        f"pid {writer.pid} ({who}), {writer.state}, {writer.age_seconds:.1f} s: "
-        f"SELECT pg_terminate_backend({writer.pid}); last query: {writer.query}"
-    )
+    what = f"prepared {writer.gid!r} of {who}" if writer.gid else f"pid {writer.pid} ({who}), {writer.state}"
+    last = f"  -- last query: {' '.join(writer.query.split())}" if writer.query else ""
+    return f"{what}, {writer.age_seconds:.1f} s: {how_to_end(writer)}{last}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from psycopg import sql
+
 from outbox_relay.database import translated_errors
 from outbox_relay.relay.horizon import OpenTransaction, among, describe, list_writers, observe
 from outbox_relay.sql import statement
@@ -46,12 +48,23 @@ def read_status(connection: Connection, *, schema: str) -> Status:
     with translated_errors():
         [row] = connection.execute(statement("backlog", schema=schema), {"most": MOST_COUNTED}).fetchall()
     unpublished, oldest_age_seconds, parked, parked_keys = row
-    writers = _open_writers(connection, schema=schema)
+    writers = open_writers(connection, schema=schema)
     return Status(unpublished, oldest_age_seconds, parked, parked_keys, writers)
 
 
-def _open_writers(connection: Connection, *, schema: str) -> list[OpenTransaction]:
-    """The relays hold a writer's lock too while they settle; an observation leaves them out."""
+def open_writers(connection: Connection, *, schema: str) -> list[OpenTransaction]:
+    """
+    Give the open and prepared transactions that may still add lower numbers, the oldest first.
+
+    The relays hold a writer's lock too while they settle; an observation leaves them out.
+    """
     running = observe(connection, schema=schema).running
     writers = list_writers(connection, schema=schema)
     return describe(connection, schema=schema, xids=among(running, writers))
+
+
+def how_to_end(transaction: OpenTransaction) -> str:
+    """Give the statement that ends *transaction* without its effects, for an operator to paste."""
+    if transaction.gid:
+        return sql.SQL("ROLLBACK PREPARED {};").format(transaction.gid).as_string()
+    return f"SELECT pg_terminate_backend({transaction.pid});"

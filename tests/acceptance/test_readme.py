@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psycopg
 import pytest
 from confluent_kafka import KafkaException
 
@@ -75,21 +74,27 @@ def test_what_the_python_snippet_writes_is_published_by_the_commands_of_the_read
         ["outbox-relay", "migrate", "apply"],
         ["outbox-relay", "run"],
         ["outbox-relay", "status"],
+        ["outbox-relay", "doctor"],
     ]
     environment = os.environ | {
         "OUTBOX_RELAY_DATABASE_URL": shop.dsn,
         "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
     }
-    for command in (["run", "--once"], ["status"]):
+    for command in (["run", "--once"], ["status"], ["doctor"]):
         subprocess.run([sys.executable, "-m", "outbox_relay", *command], env=environment, check=True, timeout=60)
     assert outbox(shop) == [("order", "4712", "order_placed", {"total": 80}, True)]
 
 
-def test_the_release_snippet_makes_parked_messages_unpublished_again(shop: Database) -> None:
-    with psycopg.connect(shop.dsn, autocommit=True) as connection:
-        connection.execute(snippets(README, "sql")[0].encode())
-        connection.execute("UPDATE outbox SET parked_at = now(), parked_reason = 'too large'")
-        connection.execute(snippets(OPERATIONS, "sql")[0].encode())
-        parked = connection.execute("SELECT count(*) FROM outbox WHERE parked_at IS NOT NULL").fetchone()
-        generations = connection.execute("SELECT sum(generation) FROM outbox_shard").fetchone()
-    assert (parked, generations) == ((0,), (1,))
+def test_the_operations_page_names_commands_for_parked_messages_that_exist() -> None:
+    commands = re.findall(r"^    outbox-relay (parked \S+)(.*)$", OPERATIONS, re.MULTILINE)
+    assert {command for command, _ in commands} == {
+        f"parked {name}" for name in ("list", "show", "edit", "release", "skip")
+    }
+    for command, arguments in commands:
+        told = subprocess.run(
+            [sys.executable, "-m", "outbox_relay", *command.split(), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert [option for option in re.findall(r"--[a-z-]+", arguments) if option not in told.stdout] == []

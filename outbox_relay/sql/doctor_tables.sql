@@ -1,0 +1,24 @@
+-- Each table of the outbox with what vacuum has to do with it. A size counts indexes and long values too.
+SELECT
+    format('%I.%I', namespace.nspname, relation.relname) AS name,
+    relation.relname = 'outbox' AS holds_messages,
+    coalesce(
+        (
+            SELECT option_value::boolean
+            FROM pg_options_to_table(relation.reloptions)
+            WHERE option_name = 'autovacuum_enabled'
+        ),
+        true
+    ) AS has_autovacuum,
+    coalesce(
+        (SELECT jsonb_object_agg(option_name, option_value) FROM pg_options_to_table(relation.reloptions)), '{}'
+    ) AS options,
+    coalesce(pg_stat_get_live_tuples(relation.oid), 0) AS live_tuples,
+    coalesce(pg_stat_get_dead_tuples(relation.oid), 0) AS dead_tuples,
+    pg_total_relation_size(relation.oid) AS total_bytes,
+    age(relation.relfrozenxid)::bigint AS xid_age,
+    mxid_age(relation.relminmxid)::bigint AS multixact_age
+FROM unnest(ARRAY['outbox', 'outbox_shard', 'outbox_unordered']) AS wanted (name)
+JOIN pg_class AS relation ON relation.oid = ('{schema}.' || wanted.name)::regclass
+JOIN pg_namespace AS namespace ON namespace.oid = relation.relnamespace
+ORDER BY relation.relname

@@ -1,0 +1,131 @@
+"""What the doctor learns from PostgreSQL, on every version, as a login that has the relay's grants and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from outbox_relay.operate.doctor import examine as examination
+from outbox_relay.operate.doctor.examine import Subject, examine
+from outbox_relay.relay.message import Addressing
+from tests.fixtures.outbox import insert
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from psycopg import Connection
+
+    from outbox_relay.operate.doctor.check import Check
+    from outbox_relay.sandbox.kafka import Kafka
+    from tests.fixtures.postgres import Database
+
+pytestmark = pytest.mark.kafka
+
+TERMINATE = """
+SELECT pg_terminate_backend(pid)
+FROM pg_stat_activity
+WHERE application_name = 'outbox-relay doctor' AND datname = current_database()
+"""
+
+
+@pytest.fixture
+def admin(database: Database) -> Iterator[Connection]:
+    with database.connect(autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def subject(database: Database, relay_login: str, kafka: Kafka, topic_prefix: str) -> Subject:
+    return Subject(
+        conninfo=database.server.dsn(database.name, user=relay_login),
+        schema="public",
+        ordering_timeout=5.0,
+        long_seconds=300.0,
+        addressing=Addressing(template=topic_prefix + "{aggregate_type}"),
+        producer_config={"bootstrap.servers": kafka.bootstrap_servers},
+    )
+
+
+def by_name(checks: Iterable[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def not_ok(subject: Subject) -> dict[str, str]:
+    return {check.name: check.finding for check in examine(subject) if check.status != "OK"}
+
+
+@pytest.mark.every_postgres
+def test_a_migrated_database_passes_every_check_it_can_be_seen_to_pass(
+    admin: Connection, subject: Subject, relay_login: str
+) -> None:
+    assert not_ok(subject) == {"long transactions": "the sessions of other roles cannot be seen"}
+    admin.execute(f'GRANT pg_read_all_stats TO "{relay_login}"'.encode())
+    assert not_ok(subject) == {}
+
+
+@pytest.mark.every_postgres
+def test_a_claim_without_its_index_is_not_planned_through_it(admin: Connection, subject: Subject) -> None:
+    admin.execute("DROP INDEX outbox_unpublished_idx")
+    checks = by_name(examine(subject))
+    assert checks["index outbox_unpublished_idx"].finding == "is missing"
+    assert checks["plan of the claim"].status == "FAIL"
+
+
+@pytest.mark.every_postgres
+def test_transactions_are_long_from_the_given_age_on(
+    database: Database, admin: Connection, subject: Subject, relay_login: str
+) -> None:
+    admin.execute(f'GRANT pg_read_all_stats TO "{relay_login}"'.encode())
+    with database.connect(application_name="report") as reader:
+        reader.execute("SELECT FROM outbox")
+        patient, impatient = by_name(examine(subject)), by_name(examine(replace(subject, long_seconds=0.0)))
+        assert patient["long transactions"].status == "OK"
+        assert f"pid {reader.info.backend_pid} (report, idle in transaction)" in impatient["long transactions"].finding
+        assert impatient["horizon"].status == "OK"
+
+
+@pytest.mark.every_postgres
+def test_aggregate_types_are_looked_for_among_the_newest_messages_and_those_that_wait(
+    admin: Connection, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "_MESSAGES_SEEN", 16)
+    insert(admin, "1", aggregate_type="published-long-ago")
+    admin.execute("UPDATE outbox SET published_at = now()")
+    insert(admin, "1", aggregate_type="waiting")
+    insert(admin, *["1"] * 16, aggregate_type="new")
+    topics = [name for name in by_name(examine(subject)) if name.startswith("topic ")]
+    assert topics == [f"topic {subject.addressing.topic(name)}" for name in ("new", "waiting")]
+
+
+def test_a_database_that_goes_away_meanwhile_is_a_finding_and_kafka_is_examined(
+    admin: Connection, subject: Subject
+) -> None:
+    checks = examine(subject)
+    assert next(check for check in checks if check.name == "tables").status == "OK"
+    admin.execute(TERMINATE)
+    rest = by_name(checks)
+    assert rest["connection"].finding.startswith("no further question was answered: ")
+    assert list(rest)[-3:] == ["kafka", "kafka authentication", "topics"]
+
+
+def test_a_table_that_somebody_locks_is_a_finding_and_nobody_queues_behind_the_doctor(
+    database: Database, subject: Subject
+) -> None:
+    with database.connect() as owner:
+        owner.execute("LOCK TABLE outbox")
+        checks = by_name(examine(subject))
+    assert "lock timeout" in checks["index"].finding
+    assert checks["kafka"].status == "OK"
+
+
+def test_a_replica_is_told_from_a_primary(own_database: Database, subject: Subject) -> None:
+    server = own_database.server
+    server.stop()
+    (server.data_directory / "standby.signal").touch()
+    server.start()
+    checks = by_name(examine(replace(subject, conninfo=own_database.dsn)))
+    assert checks["primary"].finding.startswith("only a replica answers")
+    assert [name for name, check in checks.items() if check.status == "FAIL"] == ["primary"]
+    assert "tables" not in checks
