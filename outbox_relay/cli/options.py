@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -44,6 +45,19 @@ def settings_options(*names: str) -> Callable[[_Command], _Command]:
         return _CONFIG_OPTION(decorated)
 
     return decorate
+
+
+def confirm(question: str, *, otherwise: str) -> None:
+    """
+    Ask before something is destroyed, and go on only after a yes.
+
+    Raises:
+        click.UsageError: Nobody can be asked; it says *otherwise*.
+        click.Abort: The answer is no.
+    """
+    if not sys.stdin.isatty():
+        raise click.UsageError(otherwise)
+    click.confirm(question, abort=True, err=True)
 
 
 def _fits(field: FieldInfo) -> bool:

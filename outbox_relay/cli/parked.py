@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from outbox_relay.cli.options import settings_options
+from outbox_relay.cli.options import confirm, settings_options
 from outbox_relay.database import connect
 from outbox_relay.operate.parked import (
     MOST_COUNTED,
@@ -225,7 +224,8 @@ def skip(
     if not ids:
         raise click.UsageError("say which messages: IDs of outbox-relay parked list")
     if not yes:
-        _confirm(f"Never publish {_number(len(ids), 'message')}?")
+        question = f"Never publish {_number(len(ids), 'message')}?"
+        confirm(question, otherwise="this cannot be undone: confirm it with --yes")
     settings = configuration.settings
     with _messages(settings) as messages:
         skipped = messages.skip(
@@ -250,12 +250,6 @@ def _messages(settings: Settings) -> Iterator[ParkedMessages]:
             schema=settings.schema_name,
             lock_timeout=settings.transaction_timeout,  # PostgreSQL lets no idle relay hold a shard for longer
         )
-
-
-def _confirm(question: str) -> None:
-    if not sys.stdin.isatty():
-        raise click.UsageError("this cannot be undone: confirm it with --yes")
-    click.confirm(question, abort=True, err=True)
 
 
 def _content(given: str | None) -> bytes | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from outbox_relay.cli.options import settings_options
+from outbox_relay.cli.options import confirm, settings_options
 from outbox_relay.config.durations import MOST_SECONDS, duration_seconds
 from outbox_relay.database import connect
 from outbox_relay.operate import prune as pruning
@@ -53,8 +53,11 @@ def prune(
     if not older_than_seconds:
         raise click.UsageError("the retention is 0, which keeps messages for ever: give --older-than, such as 30d")
     if not (dry_run or is_agreed):
-        _ask(older_than_seconds)
-    options = _options(settings, older_than_seconds)
+        confirm(
+            f"Remove the messages that were published more than {older_than_seconds:,.0f} s ago?",
+            otherwise="nobody can be asked here: add --yes to remove messages, or --dry-run to count them",
+        )
+    options = prune_options(settings, older_than_seconds=older_than_seconds)
     url = settings.database_url.get_secret_value()
     with closing(connect(url, application_name="outbox-relay prune")) as connection:
         if dry_run:
@@ -69,14 +72,8 @@ def prune(
     click.echo(json.dumps(found, indent=2) if as_json else text)
 
 
-def _ask(older_than_seconds: float) -> None:
-    if not sys.stdin.isatty():
-        raise click.UsageError("nobody can be asked here: add --yes to remove messages, or --dry-run to count them")
-    question = f"Remove the messages that were published more than {older_than_seconds:,.0f} s ago?"
-    click.confirm(question, abort=True, err=True)
-
-
-def _options(settings: Settings, older_than_seconds: float) -> PruneOptions:
+def prune_options(settings: Settings, *, older_than_seconds: float) -> PruneOptions:
+    """Give what the settings say about pruning, for the relay and for this command."""
     return PruneOptions(
         schema=settings.schema_name,
         older_than_seconds=older_than_seconds,

@@ -19,6 +19,7 @@ import structlog
 from outbox_relay import __version__
 from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
+from outbox_relay.cli.prune import prune_options
 from outbox_relay.config import check_producer_config
 from outbox_relay.database import connect
 from outbox_relay.errors import DependencyUnavailable, OutboxRelayError
@@ -31,7 +32,6 @@ from outbox_relay.relay.claim import SHARDS, ClaimOptions
 from outbox_relay.relay.failures import Backoff
 from outbox_relay.relay.loop import LaneOptions
 from outbox_relay.relay.message import Addressing
-from outbox_relay.relay.prune import PruneOptions
 from outbox_relay.relay.publish import Publisher
 from outbox_relay.relay.relay import Relay, RelayOptions
 from outbox_relay.relay.watch import WatchOptions
@@ -234,14 +234,8 @@ def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
         poll_interval=settings.poll_interval,
         idle_poll_interval=settings.idle_poll_interval,
     )
-    prune = PruneOptions(
-        schema=settings.schema_name,
-        older_than_seconds=settings.retention,
-        lock_timeout=settings.lock_timeout,
-        statement_timeout=settings.statement_timeout,
-        transaction_timeout=settings.transaction_timeout,
-    )
-    return RelayOptions(lanes=settings.lanes, lane=lane, watch=watch, prune=prune if settings.retention else None)
+    prune = prune_options(settings, older_than_seconds=settings.retention) if settings.retention else None
+    return RelayOptions(lanes=settings.lanes, lane=lane, watch=watch, prune=prune)
 
 
 def _librdkafka_logger() -> logging.Logger:
