@@ -46,6 +46,7 @@ def connect(conninfo: str, *, application_name: str) -> psycopg.Connection:
     Open a connection to the primary, in autocommit mode; the caller closes it.
 
     An empty *conninfo* leaves everything to libpq's PG* variables. Parameters in *conninfo* win over our defaults.
+    Behind a pooler the driver prepares nothing, see `_is_pooled`.
 
     Raises:
         DatabaseUnavailable: No server takes the connection now. libpq gives no SQLSTATE here, so a wrong password is
@@ -60,7 +61,21 @@ def connect(conninfo: str, *, application_name: str) -> psycopg.Connection:
         ) from None
     settings = _CLIENT_DEFAULTS | {"application_name": application_name} | given
     with translated_errors():
-        return psycopg.connect("", autocommit=True, **settings)  # type: ignore[arg-type]
+        connection = psycopg.connect("", autocommit=True, **settings)  # type: ignore[arg-type]
+        if _is_pooled(connection):
+            connection.prepare_threshold = None
+    return connection
+
+
+def _is_pooled(connection: psycopg.Connection) -> bool:
+    """
+    Tell whether a pooler stands between: it invents the key for cancelling, so the session in it is not the one here.
+
+    One that pools transactions gives each of them another session, in which the name of a prepared statement is unknown
+    or, worse, another client's statement. PgBouncer renames them from 1.21 on if it is allowed to; nobody can tell.
+    """
+    [(pid,)] = connection.execute("SELECT pg_backend_pid()").fetchall()
+    return bool(pid != connection.info.backend_pid)
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def check_pooler(client: Client) -> Check:
         "pooler",
         "WARN",
         "one whose mode is UNKNOWN: the relay works behind session and transaction pooling, not statement pooling",
-        "# look up pool_mode in its configuration; PgBouncer has to allow max_prepared_statements as well",
+        "# look up pool_mode in its configuration",
     )
 
 
