@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, Self
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 from outbox_relay.errors import DatabaseUnavailable
 from outbox_relay.sandbox.cache import make_once
@@ -103,11 +104,33 @@ class PostgresServer:
             DatabaseUnavailable: initdb failed; the message ends with what it said.
         """
         server = cls(binaries, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        if server._user:
-            os.chown(directory, server._user.pw_uid, server._user.pw_gid)
-        server._initialise()
+        server._make_directory()
+        server._fill(
+            *("initdb", "--pgdata", server.data_directory, "--username=postgres", "--auth=trust"),
+            *("--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"),
+        )
         server._configure(_SETTINGS | {"port": str(server.port)} | dict(settings or {}))
+        return server
+
+    @classmethod
+    def create_standby(cls, primary: PostgresServer, directory: Path, *, primary_port: int | None = None) -> Self:
+        """
+        Copy *primary*, which runs, into a standby that streams from it; it is not started yet.
+
+        Args:
+            primary_port: Where the standby asks for changes, if a proxy stands between.
+
+        Raises:
+            DatabaseUnavailable: pg_basebackup failed; the message ends with what it said.
+        """
+        server = cls(primary._binaries, directory)
+        server._make_directory()
+        source = make_conninfo(primary.dsn(), port=primary_port)
+        server._fill(
+            *("pg_basebackup", "--pgdata", server.data_directory, "--dbname", source, "--write-recovery-conf"),
+            *("--checkpoint=fast", "--no-sync"),
+        )
+        server._configure({"port": str(server.port)})
         return server
 
     @property
@@ -179,16 +202,18 @@ class PostgresServer:
     def __exit__(self, *_exception: object) -> None:
         self.stop("immediate")
 
-    def _initialise(self) -> None:
+    def _make_directory(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if self._user:
+            os.chown(self._directory, self._user.pw_uid, self._user.pw_gid)
+
+    def _fill(self, program: str, *arguments: str | Path) -> None:
+        """Make the data directory with *program*."""
         with self.log_path.open("wb") as log:
-            initdb = self._run(
-                *("initdb", "--pgdata", self.data_directory, "--username=postgres", "--auth=trust"),
-                *("--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"),
-                stderr=log,
-            )
-        initdb.communicate()
-        if initdb.returncode:
-            raise DatabaseUnavailable(f"initdb failed in {self._directory}\n{self._log_tail()}")
+            process = self._run(program, *arguments, stderr=log)
+        process.communicate()
+        if process.returncode:
+            raise DatabaseUnavailable(f"{program} failed in {self._directory}\n{self._log_tail()}")
 
     def _configure(self, settings: Mapping[str, str]) -> None:
         with (self.data_directory / "postgresql.conf").open("a") as configuration:
