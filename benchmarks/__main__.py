@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import drain, horizon, idle, inbox, latency, published, snapshot
+from benchmarks import drain, horizon, hour, idle, inbox, latency, published, size, snapshot
 from benchmarks.bench import Bench, running_bench
 from benchmarks.plan import FULL, QUICK
 from benchmarks.report import document
@@ -26,6 +26,8 @@ SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
     "published": published.measure,
     "horizon": horizon.measure,
     "idle": idle.measure,
+    "hour": hour.measure,
+    "size": size.measure,
     "inbox": inbox.measure,
 }
 

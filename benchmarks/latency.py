@@ -92,7 +92,7 @@ def _measure_rate(bench: Bench, rate: int) -> Latency:
         consumer = threads.submit(read_topics, bench.kafka.bootstrap_servers, topics=[topic.name], stop=stop)
         started, cpu_before = time.monotonic(), relay.cpu_seconds()
         try:
-            writes = _write(bench, dsn, rate=rate, seconds=plan.warm_up_seconds + plan.latency_seconds)
+            writes = write_steadily(bench, dsn, rate=rate, seconds=plan.warm_up_seconds + plan.latency_seconds)
             cores = (relay.cpu_seconds() - cpu_before) / (time.monotonic() - started)
             topic.await_messages(len(writes))
         finally:
@@ -102,7 +102,7 @@ def _measure_rate(bench: Bench, rate: int) -> Latency:
     return _latency([write for write in writes if write.ended_at >= warm_at], records, cores=cores)
 
 
-def _write(bench: Bench, dsn: str, *, rate: int, seconds: float) -> list[Write]:
+def write_steadily(bench: Bench, dsn: str, *, rate: int, seconds: float) -> list[Write]:
     """Write at *rate* for *seconds*; give every commit."""
     options = ("--rate", str(rate), "--time", str(round(seconds)), "--client", str(WRITERS), "--protocol=prepared")
     files = ("--no-vacuum", "--define=count=0", "--file=script.sql", "--log", "--log-prefix=transactions")

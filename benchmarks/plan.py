@@ -22,6 +22,8 @@ class Plan:
         open_transactions: Bystanders while the horizon looks for writers, in rising order.
         looks: Looks timed beside each number of bystanders.
         idle_seconds: How long an idle relay is watched.
+        hour_seconds: How long an hour takes.
+        size_messages: Messages whose bytes are counted, for each of `size_payload_bytes`.
         inbox_messages: Messages consumed in large transactions.
         inbox_messages_singly: Messages consumed in transactions of their own.
         inbox_messages_kept: Messages accepted before the size of an inbox is looked at.
@@ -39,6 +41,9 @@ class Plan:
     open_transactions: tuple[int, ...] = (0, 50, 150, 300)
     looks: int = 100
     idle_seconds: float = 20.0
+    hour_seconds: float = 180.0
+    size_messages: int = 100_000
+    size_payload_bytes: tuple[int, ...] = (200, 1_000, 10_000)
     inbox_messages: int = 50_000
     inbox_messages_singly: int = 5_000
     inbox_messages_kept: int = 1_000_000
@@ -55,6 +60,8 @@ QUICK = Plan(
     published_rows=(10_000, 100_000, 1_000_000),
     open_transactions=(0, 50, 150),
     idle_seconds=5.0,
+    hour_seconds=60.0,
+    size_messages=20_000,
     inbox_messages=20_000,
     inbox_messages_singly=2_000,
     inbox_messages_kept=100_000,

@@ -13,7 +13,7 @@ from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.daemon import Daemon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from benchmarks.topic import Topic
     from outbox_relay.sandbox.kafka import Kafka
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 class Relay(Daemon):
     """`outbox-relay run`, with its use of processor and memory as Linux accounts for it."""
+
+    @property
+    def port(self) -> int:
+        """Where its metrics are."""
+        return int(self._environment["OUTBOX_RELAY_METRICS_PORT"])
 
     def cpu_seconds(self) -> float:
         """Give the processor time of all its threads so far, from its clock as clock_getcpuclockid(3) names it."""
@@ -34,7 +39,7 @@ class Relay(Daemon):
 
 @contextmanager
 def running_relays(
-    count: int = 1, *, dsn: str, kafka: Kafka, topic: Topic, settings: dict[str, str] | None = None
+    count: int = 1, *, dsn: str, kafka: Kafka, topic: Topic, settings: Mapping[str, str] | None = None
 ) -> Iterator[list[Relay]]:
     """
     Start relays and wait until each is ready; stop them in order afterwards.
