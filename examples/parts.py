@@ -18,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 
 from outbox_relay.errors import ConfigurationError
 from outbox_relay.operate import migrate
-from outbox_relay.sandbox.kafka import KafkaCluster, what_a_broker_lacks
+from outbox_relay.sandbox.kafka import KAFKA, KafkaCluster
 from outbox_relay.sandbox.mock_cluster import MockCluster
 from outbox_relay.sandbox.postgres import PostgresServer, installed_servers
 
@@ -54,8 +54,8 @@ def start_parts(say: Callable[[str], None]) -> Iterator[Parts]:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="outbox-relay-example-")))
         directory.chmod(0o755)  # PostgreSQL may have to run as another user
         server = stack.enter_context(_new_server(directory / "postgres"))
-        if lack := what_a_broker_lacks():
-            say(f"Kafka is librdkafka's MOCK cluster; {lack}.")
+        if missing := KAFKA.what_is_missing():
+            say(f"Kafka is librdkafka's MOCK cluster; {missing}.")
             kafka: KafkaCluster | MockCluster = stack.enter_context(MockCluster())
         else:
             say("A Kafka broker is starting (the first time on a machine, Maven fetches it: about a minute) ...")

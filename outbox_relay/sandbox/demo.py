@@ -36,7 +36,7 @@ from outbox_relay.sandbox.history import (
     read_rows,
     read_topics,
 )
-from outbox_relay.sandbox.kafka import Kafka, KafkaCluster, what_a_broker_lacks
+from outbox_relay.sandbox.kafka import KAFKA, Kafka, KafkaCluster
 from outbox_relay.sandbox.mock_cluster import MockCluster
 from outbox_relay.sandbox.orders import AGGREGATE_TYPE, create_orders, write_orders
 from outbox_relay.sandbox.postgres import PostgresServer, installed_servers
@@ -129,8 +129,8 @@ def _kafka(choice: KafkaChoice | None, directory: Path, *, say: Callable[[str], 
         say(f"Kafka is yours, at {own.bootstrap_servers}.")
         yield own
     elif choice == "broker":
-        if lack := what_a_broker_lacks():
-            raise ConfigurationError(lack)
+        if missing := KAFKA.what_is_missing():
+            raise ConfigurationError(missing)
         say("A real Kafka broker is starting (the first time on a machine, Maven fetches it: about a minute) ...")
         with KafkaCluster(directory) as cluster:
             say(f"Kafka is one real broker, at {cluster.bootstrap_servers}.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import subprocess
 import uuid
@@ -16,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from outbox_relay.errors import ConfigurationError, KafkaUnavailable
-from outbox_relay.sandbox.cache import make_once
+from outbox_relay.sandbox.maven import Jars
 from outbox_relay.sandbox.ports import ReservedPort
 from outbox_relay.sandbox.waiting import eventually
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 KAFKA_VERSION = "4.3.1"
-POM = Path(__file__).with_name("kafka-pom.xml")
+KAFKA = Jars("Kafka", Path(__file__).with_name("kafka-pom.xml"), {"kafka.version": KAFKA_VERSION})
 
 START_TIMEOUT_SECONDS = 90.0
 STOP_TIMEOUT_SECONDS = 30.0
@@ -32,29 +30,6 @@ REQUEST_TIMEOUT_SECONDS = 10.0
 LOG_TAIL_CHARACTERS = 2000
 
 _JVM_OPTIONS = ("-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
-
-
-def what_a_broker_lacks() -> str | None:
-    """What has to be installed before a broker can run here, and how; None when nothing is missing."""
-    if not shutil.which("java"):
-        return "a Kafka broker needs Java 17 or newer: apt-get install openjdk-17-jre-headless"
-    if not _jar_directory().exists() and not shutil.which("mvn"):
-        return f"fetching Kafka {KAFKA_VERSION} needs Maven: apt-get install maven"
-    return None
-
-
-def _jar_directory() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "outbox-relay" / f"kafka-{KAFKA_VERSION}"
-
-
-def _fetch_jars(directory: Path) -> None:
-    """Have Maven put Kafka and all that it needs into *directory*: some 90 files, 55 MB, about a minute."""
-    goal = ("dependency:copy-dependencies", f"-Dkafka.version={KAFKA_VERSION}", f"-DoutputDirectory={directory}")
-    command = ("mvn", "--batch-mode", "--quiet", "--file", str(POM), *goal)
-    fetched = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 -- our own pom
-    if fetched.returncode:
-        raise KafkaUnavailable(f"Maven could not fetch Kafka {KAFKA_VERSION}\n{fetched.stdout[-LOG_TAIL_CHARACTERS:]}")
 
 
 class Kafka:
@@ -111,11 +86,12 @@ class KafkaCluster(Kafka):
 
         Raises:
             ConfigurationError: Java or Maven is missing.
-            KafkaUnavailable: Kafka could not be fetched, or a node did not come up.
+            DependencyUnavailable: Kafka could not be fetched.
+            KafkaUnavailable: A node did not come up.
         """
-        if lack := what_a_broker_lacks():
-            raise ConfigurationError(lack)
-        make_once(_jar_directory(), _fetch_jars)
+        if missing := KAFKA.what_is_missing():
+            raise ConfigurationError(missing)
+        KAFKA.fetch()
         for node in self._nodes.values():
             self._start(node)
         self.wait_until_ready()
@@ -259,7 +235,7 @@ class _Node:
         # In a session of its own: Ctrl-C in the terminal is for us, and we end the node in order.
         with self._log_path.open("ab") as log:
             return subprocess.Popen(  # noqa: S603 -- Kafka as fetched
-                ("java", "-cp", f"{_jar_directory()}/*", *_JVM_OPTIONS, *arguments),  # noqa: S607 -- the user's own Java
+                ("java", "-cp", KAFKA.class_path, *_JVM_OPTIONS, *arguments),  # noqa: S607 -- the user's own Java
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
