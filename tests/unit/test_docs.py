@@ -46,3 +46,10 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
     missing = [name for name in named if not (ROOT / name).exists()]
     missing += [name for name in inside if not (ROOT / "outbox_relay" / name).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert sorted(named - set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))) == []
