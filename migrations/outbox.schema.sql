@@ -5,7 +5,11 @@ CREATE FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_t
     SET search_path TO 'app', 'pg_temp'
     AS $_$
 DECLARE
-    reserved CONSTANT text[] := ARRAY['id', 'event_type', 'aggregate_type', 'sequence_no', 'source', 'unordered'];
+    reserved CONSTANT text[] := ARRAY[
+        'id', 'event_type', 'aggregate_type', 'sequence_no', 'source', 'unordered', 'replay',
+        'ce_specversion', 'ce_id', 'ce_source', 'ce_type', 'ce_subject', 'ce_time', 'ce_aggregatetype', 'ce_sequence',
+        'ce_unordered', 'ce_replay'
+    ];
     mistake text[];
 BEGIN
     mistake := CASE
@@ -109,6 +113,23 @@ CREATE TABLE app.outbox_relay_migration (
     applied_at timestamp with time zone DEFAULT now() NOT NULL
 );
 
+CREATE TABLE app.outbox_replay (
+    name text NOT NULL,
+    started_at timestamp with time zone DEFAULT now() NOT NULL,
+    session_role text DEFAULT SESSION_USER NOT NULL,
+    operator text,
+    why text NOT NULL,
+    selection jsonb NOT NULL,
+    published_before timestamp with time zone NOT NULL,
+    messages bigint DEFAULT 0 NOT NULL,
+    reached_no bigint DEFAULT 0 NOT NULL,
+    finished_at timestamp with time zone,
+    CONSTRAINT outbox_replay_name_check CHECK ((name ~ '^[A-Za-z0-9._-]{1,100}$'::text))
+)
+WITH (fillfactor='50');
+
+COMMENT ON COLUMN app.outbox_replay.operator IS 'The person, as given; session_role is what PostgreSQL knows';
+
 ALTER TABLE app.outbox ALTER COLUMN sequence_no ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME app.outbox_sequence_no_seq
     START WITH 1
@@ -136,6 +157,9 @@ ALTER TABLE ONLY app.outbox
 
 ALTER TABLE ONLY app.outbox_relay_migration
     ADD CONSTRAINT outbox_relay_migration_pkey PRIMARY KEY (line, version);
+
+ALTER TABLE ONLY app.outbox_replay
+    ADD CONSTRAINT outbox_replay_pkey PRIMARY KEY (name);
 
 ALTER TABLE ONLY app.outbox_shard
     ADD CONSTRAINT outbox_shard_pkey PRIMARY KEY (shard);
@@ -210,6 +234,24 @@ GRANT INSERT(content) ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT SELECT ON TABLE app.outbox_relay_migration TO outbox_relay;
 
+GRANT SELECT ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT INSERT(name) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT INSERT(operator) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT INSERT(why) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT INSERT(selection) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT INSERT(published_before) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT UPDATE(messages) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT UPDATE(reached_no) ON TABLE app.outbox_replay TO outbox_operator;
+
+GRANT UPDATE(finished_at) ON TABLE app.outbox_replay TO outbox_operator;
+
 GRANT SELECT ON SEQUENCE app.outbox_sequence_no_seq TO outbox_relay;
 
 GRANT SELECT ON TABLE app.outbox_shard TO outbox_relay;
@@ -220,6 +262,7 @@ GRANT UPDATE(generation) ON TABLE app.outbox_shard TO outbox_operator;
 
 GRANT SELECT,INSERT,DELETE ON TABLE app.outbox_unordered TO outbox_relay;
 GRANT SELECT,DELETE ON TABLE app.outbox_unordered TO outbox_pruner;
+GRANT SELECT ON TABLE app.outbox_unordered TO outbox_operator;
 
 GRANT INSERT(transaction_id) ON TABLE app.outbox_unordered TO outbox_operator;
 

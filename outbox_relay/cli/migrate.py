@@ -13,18 +13,21 @@ from outbox_relay.database import connect
 from outbox_relay.operate import migrate as migrations
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from psycopg import Connection
 
     from outbox_relay.config import Configuration, Settings
 
 
-_line_option = click.option(
-    "--inbox",
-    "line",
-    flag_value="inbox",
-    default="outbox",
-    help="The tables of a consumer, in place of the outbox.",
-)
+def _line_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Say which migrations are meant: the outbox's, unless told otherwise."""
+    for flag, summary in (
+        ("partitioned", "The partitioned layout, on top of the outbox."),
+        ("inbox", "The tables of a consumer, in place of the outbox."),
+    ):
+        command = click.option(f"--{flag}", "line", flag_value=flag, default="outbox", help=summary)(command)
+    return command
 
 
 @click.group()

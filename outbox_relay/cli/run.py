@@ -20,6 +20,7 @@ from outbox_relay import __version__
 from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
 from outbox_relay.cli.prune import prune_options
+from outbox_relay.cli.signals import StopSignals
 from outbox_relay.config import check_producer_config
 from outbox_relay.database import connect
 from outbox_relay.errors import DependencyUnavailable, OutboxRelayError
@@ -28,12 +29,14 @@ from outbox_relay.observe.health import HealthServer
 from outbox_relay.observe.metrics import Metrics
 from outbox_relay.observe.telemetry import Telemetry
 from outbox_relay.operate.schema import check_schema
+from outbox_relay.relay.canary import CanaryOptions, check_canary
 from outbox_relay.relay.claim import SHARDS, ClaimOptions
 from outbox_relay.relay.failures import Backoff
 from outbox_relay.relay.loop import LaneOptions
 from outbox_relay.relay.message import Addressing
 from outbox_relay.relay.publish import Publisher
 from outbox_relay.relay.relay import Relay, RelayOptions
+from outbox_relay.relay.survey import SurveyOptions
 from outbox_relay.relay.watch import WatchOptions
 
 if TYPE_CHECKING:
@@ -44,9 +47,9 @@ if TYPE_CHECKING:
 
     from outbox_relay.config import Configuration, Settings
 
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _POLL_SECONDS = 0.02
 _REST_SECONDS = 60.0
+_SLOW_SECONDS = 30.0  # that a thread may take beyond the longest time-out of its turn
 _READABLE_FACTOR = 8  # jsonb takes more room than its text, a list of small numbers several times as much
 
 
@@ -63,7 +66,8 @@ def run(configuration: Configuration, *, once: bool) -> None:
     settings = configuration.settings
     logs.configure(log_format=settings.log_format, level=settings.log_level, secrets=settings.secrets())
     check_producer_config(settings.producer_config())
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # in every thread: sigtimedwait takes them
+    if once:
+        settings = settings.model_copy(update={"canary_interval": 0.0})  # nobody would be there when it arrives
     raise SystemExit(_Process(settings).run_once() if once else _Process(settings).run())
 
 
@@ -72,10 +76,17 @@ class _Process:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._signals = StopSignals()
         self._logger: FilteringBoundLogger = structlog.get_logger("outbox_relay")
-        self._addressing = _addressing(settings)
+        self._addressing = addressing_of(settings)
         metrics = Metrics()
-        self._telemetry = Telemetry(logger=self._logger, metrics=metrics, topic_of=self._addressing.topic)
+        self._telemetry = Telemetry(
+            logger=self._logger,
+            metrics=metrics,
+            topic_of=self._addressing.topic,
+            live_max_age=_SLOW_SECONDS + max(settings.statement_timeout, settings.publish_deadline),
+            ready_max_age=settings.ready_max_age if settings.survey_interval else 0.0,
+        )
         self._health = (
             HealthServer(
                 host=settings.metrics_host,
@@ -101,7 +112,7 @@ class _Process:
                     except DependencyUnavailable as error:
                         self._telemetry.database_lost("main", error)
                         pause = backoff.next_pause(random.Random())  # noqa: S311 -- jitter, no secret
-                received = _signal_within(pause)
+                received = self._signals.within(pause)
             return self._stop(relay, reason=received.name) or _exit_code(received)
 
     def run_once(self) -> int:
@@ -112,7 +123,7 @@ class _Process:
             through = relay.last_no()
             try:
                 while received is None and not relay.is_drained(through):
-                    received = _signal_within(_POLL_SECONDS)
+                    received = self._signals.within(_POLL_SECONDS)
             except OutboxRelayError as error:
                 self._stop(relay, reason=str(error))
                 raise
@@ -135,14 +146,17 @@ class _Process:
         settings = self._settings
         with closing(self._connect("main")) as connection:
             warning = check_schema(connection, schema=settings.schema_name)
-            source = settings.source or f"{connection.info.dbname}.{settings.schema_name}"
+            if settings.canary_interval:
+                check_canary(connection, schema=settings.schema_name)
+            source = source_of(settings, connection)
         self._telemetry.database_recovered("main")
         if warning:
             self._telemetry.schema_is_newer(warning)
+        publisher_class = choose_publisher()
         relay = Relay(
             options=_relay_options(settings, replace(self._addressing, source=source)),
             connect=self._connect,
-            make_publisher=lambda: Publisher(settings.producer_config(), logger=_librdkafka_logger()),
+            make_publisher=lambda: publisher_class(settings.producer_config(), logger=librdkafka_logger()),
             telemetry=self._telemetry,
         )
         _collect_garbage_rarely()
@@ -150,6 +164,8 @@ class _Process:
         self._telemetry.relay_started(
             version=__version__,
             source=source,
+            envelope=settings.envelope,
+            is_traced=publisher_class is not Publisher,
             lanes=settings.lanes,
             settle=settings.settle,
             ordering=settings.ordering,
@@ -166,7 +182,7 @@ class _Process:
         if relay is not None:
             relay.drain()
             while not (is_drained := relay.join(timeout=0.0)) and time.monotonic() < deadline:
-                again = _signal_within(_POLL_SECONDS)
+                again = self._signals.within(_POLL_SECONDS)
                 if again is not None:
                     os._exit(128 + again)  # PostgreSQL frees what the lanes hold
         self._telemetry.relay_stopped(is_drained=is_drained)
@@ -186,24 +202,26 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(200_000, 10, 10)
 
 
-def _signal_within(seconds: float) -> signal.Signals | None:
-    received = signal.sigtimedwait(_STOP_SIGNALS, seconds)
-    return None if received is None else signal.Signals(received.si_signo)
-
-
 def _exit_code(received: signal.Signals) -> int:
     return ExitCode.INTERRUPTED if received is signal.SIGINT else 0
 
 
-def _addressing(settings: Settings) -> Addressing:
+def addressing_of(settings: Settings) -> Addressing:
+    """Give what the settings say about addressing, for relays and replays; an empty source is yet to be filled in."""
     return Addressing(
         template=settings.topic_template,
         topics=settings.topic_map,
         allowed=settings.allowed_topics,
         source=settings.source,
+        envelope=settings.envelope,
         readable_bytes=_READABLE_FACTOR * int(settings.producer_config().get("message.max.bytes", 1_000_000)),
         is_ordered=settings.ordering == "sequence",
     )
+
+
+def source_of(settings: Settings, connection: Connection) -> str:
+    """Give the source of every message: as set, or the name of the database and the schema."""
+    return settings.source or f"{connection.info.dbname}.{settings.schema_name}"
 
 
 def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
@@ -235,10 +253,29 @@ def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
         idle_poll_interval=settings.idle_poll_interval,
     )
     prune = prune_options(settings, older_than_seconds=settings.retention) if settings.retention else None
-    return RelayOptions(lanes=settings.lanes, lane=lane, watch=watch, prune=prune)
+    survey = SurveyOptions(schema=settings.schema_name, interval=settings.survey_interval)
+    canary = CanaryOptions(schema=settings.schema_name, interval=settings.canary_interval)
+    return RelayOptions(
+        lanes=settings.lanes,
+        lane=lane,
+        watch=watch,
+        prune=prune,
+        survey=survey if settings.survey_interval and settings.metrics_port else None,  # or nobody would see it
+        canary=canary if settings.canary_interval else None,
+    )
 
 
-def _librdkafka_logger() -> logging.Logger:
+def choose_publisher() -> type[Publisher]:
+    """Give the publisher that makes spans if OpenTelemetry is installed and somebody takes them."""
+    try:
+        from outbox_relay.relay.tracing import TracedPublisher, is_set_up  # noqa: PLC0415 -- an optional extra
+    except ImportError:
+        return Publisher
+    return TracedPublisher if is_set_up() else Publisher
+
+
+def librdkafka_logger() -> logging.Logger:
+    """Give the logger for librdkafka's own words, without those that are no news."""
     logger = logging.getLogger("librdkafka")
     if not logger.filters:
         logger.addFilter(_is_news)

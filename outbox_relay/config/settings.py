@@ -16,6 +16,7 @@ from outbox_relay.config import kafka
 from outbox_relay.config.durations import MOST_SECONDS, duration_seconds
 from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic reads the annotations
 from outbox_relay.config.names import PREFIX, env_name
+from outbox_relay.relay.canary import AGGREGATE_TYPE as CANARY_TYPE
 from outbox_relay.relay.claim import SHARDS
 from outbox_relay.relay.message import is_topic_name
 
@@ -126,8 +127,12 @@ class Settings(BaseSettings):
     topic that the template and the map make."""
 
     source: str = ""
-    """Header `source` of every message, by which consumers tell outboxes apart. Empty: `<database>.<schema>`. Change it
+    """The `source` of every message, by which consumers tell outboxes apart. Empty: `<database>.<schema>`. Change it
     after a restore to an earlier point in time, or consumers that deduplicate by sequence drop new messages."""
+
+    envelope: Literal["native", "cloudevents"] = "native"
+    """How a record's headers tell what the message is: in the relay's own names, or as a CloudEvent in binary mode. The
+    consumer library reads both; changed on a running system, other consumers must do so too."""
 
     lanes: Annotated[int, Field(ge=1, le=SHARDS)] = 2
     """Threads that publish, each with a connection and a producer; 16 shards are shared among them. More: more
@@ -203,6 +208,18 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     """Least level that is logged. `debug` writes a line per batch and slows the relay down."""
 
+    survey_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 15.0
+    """Seconds between looks at backlog, tables and transactions for the metrics. More: older figures. Less: more work
+    for PostgreSQL. 0, or no port for metrics: none."""
+
+    ready_max_age: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    """Seconds after which a message that waits and does not move makes `/readyz` red. Less: a slow moment looks like a
+    standstill. More: a standstill shows later. 0, or no survey: never."""
+
+    canary_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Seconds between canaries, messages of the aggregate type `outbox-relay-canary` that measure the way to Kafka and
+    back; the login needs the role `outbox_writer` too. More: a fault shows later. Less: more such messages. 0: none."""
+
     metrics_host: str = "0.0.0.0"  # noqa: S104 -- probes and Prometheus come from outside of a container
     """Address of metrics and probes. They tell topics and counts, never a payload. `127.0.0.1`: nothing outside of the
     host or the pod reaches them."""
@@ -257,8 +274,14 @@ class Settings(BaseSettings):
         for name, reason in kafka.refusals(self.kafka):
             yield f"kafka.{name}", reason
         yield from self._time_problems()
+        yield from self._canary_problems()
         for topic in sorted(set(self.topic_map.values()) - self.allowed_topics if self.allowed_topics else ()):
             yield "topic_map", f"{topic} is not among the allowed topics: add it to {env_name('allowed_topics')}"
+
+    def _canary_problems(self) -> Iterator[tuple[str, str]]:
+        topic = self.topic_map.get(CANARY_TYPE) or self.topic_template.replace("{aggregate_type}", CANARY_TYPE)
+        if self.canary_interval and self.allowed_topics and topic not in self.allowed_topics:
+            yield "canary_interval", f"canaries go to {topic}: add it to {env_name('allowed_topics')}"
 
     def _time_problems(self) -> Iterator[tuple[str, str]]:
         message_timeout = self.producer_config()[_MESSAGE_TIMEOUT.removeprefix("kafka.")]

@@ -6,7 +6,8 @@ import json
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
+from uuid import uuid5
 
 from psycopg import AsyncConnection, Connection
 from psycopg.pq import TransactionStatus
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 S = TypeVar("S", bound="Session")
 A = TypeVar("A", bound="AsyncSession")
+
+Replays: TypeAlias = Literal["ignore", "apply"]
+"""What a replayed message is: one more delivery of the first one, or a message of its own, once for each replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,13 @@ class Accepting(ABC):
     Args:
         consumer: Who consumes. Several consumers share a table and do not see each other's rows.
         schema: Where the tables are; None leaves it to search_path.
+        replays: Whether a replayed message is a duplicate of the first delivery, or has its effects once more.
     """
 
-    def __init__(self, consumer: str, *, schema: str | None = None) -> None:
+    def __init__(self, consumer: str, *, schema: str | None = None, replays: Replays = "ignore") -> None:
         self.consumer = consumer
         self.schema = schema
+        self.replays = replays
 
     def accept(self, session: Session, message: Message) -> bool:
         """Record *message*; True when it was not consumed before and its effects are to happen now."""
@@ -95,6 +101,9 @@ class Inbox(Accepting):
     Args:
         consumer: Who consumes. Several consumers share a table and do not see each other's rows.
         schema: Where the table is; None leaves it to search_path.
+        replays: "ignore": a replayed message is a duplicate if it was consumed before, and fresh if it was not.
+            "apply": it is fresh once for each replay, whether or not it was consumed before; it is recorded under an id
+            made from its own and the replay's name.
 
     Every method raises:
         NoTransaction: The connection is in autocommit mode and no transaction is open.
@@ -190,11 +199,12 @@ class Inbox(Accepting):
             total += pruned
 
     def _accept(self, messages: Sequence[Message]) -> Queries[Batch]:
-        unseen = yield from record(messages, consumer=self.consumer, schema=self.schema)
+        unseen = yield from record(messages, consumer=self.consumer, schema=self.schema, replays=self.replays)
         batch = Batch()
         for message in messages:
-            if message.message_id in unseen:
-                unseen.remove(message.message_id)
+            recorded_id = id_of(message, replays=self.replays)
+            if recorded_id in unseen:
+                unseen.remove(recorded_id)
                 batch.fresh.append(message)
             else:
                 batch.duplicates.append(message)
@@ -213,7 +223,7 @@ class Inbox(Accepting):
         return next((json.loads(stored) for (stored,) in rows if stored is not None), None)
 
     def _parameters(self, message: Message) -> dict[str, object]:
-        return {"consumer": self.consumer, "message_id": message.message_id}
+        return {"consumer": self.consumer, "message_id": id_of(message, replays=self.replays)}
 
     def _prune(self, older_than: timedelta, *, limit: int) -> Queries[int]:
         parameters = {"consumer": self.consumer, "older_than": older_than, "limit": limit}
@@ -221,13 +231,20 @@ class Inbox(Accepting):
         return cast("int", pruned)
 
 
-def record(messages: Sequence[Message], *, consumer: str, schema: str | None) -> Queries[set[UUID]]:
+def id_of(message: Message, *, replays: Replays) -> UUID:
+    """Give the id that *message* is recorded under: of an applied replay one that no other replay gives."""
+    if replays == "ignore" or message.replay is None:
+        return message.message_id
+    return uuid5(message.message_id, message.replay)
+
+
+def record(messages: Sequence[Message], *, consumer: str, schema: str | None, replays: Replays) -> Queries[set[UUID]]:
     """Record *messages* by their ids, and give the ids that were not recorded before."""
     if not messages:
         return set()
     parameters = {
         "consumer": consumer,
-        "message_ids": [message.message_id for message in messages],
+        "message_ids": [id_of(message, replays=replays) for message in messages],
         "created_ats": [message.created_at for message in messages],
     }
     rows = yield Query(statement("inbox_record", schema=schema), parameters)

@@ -25,6 +25,7 @@ class Message:
         headers: The row's own headers and the relay's, as text.
         created_at: When the row was inserted, the same in every delivery.
         is_unordered: Newer messages of the key may have overtaken it.
+        replay: Name of the replay that has published it once more; None in every other delivery.
     """
 
     message_id: UUID
@@ -40,3 +41,4 @@ class Message:
     partition: int
     offset: int
     is_unordered: bool = False
+    replay: str | None = None

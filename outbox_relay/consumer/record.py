@@ -9,6 +9,7 @@ from uuid import UUID
 
 from outbox_relay.consumer.message import Message
 from outbox_relay.errors import ForeignRecord
+from outbox_relay.wire import CE_SPECVERSION, CLOUDEVENTS, NATIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -109,12 +110,13 @@ def _pairs(headers: object) -> Iterable[tuple[str, bytes | None]]:
 
 def _message(parts: _Parts) -> Message:
     headers = {name: (value or b"").decode(errors="backslashreplace") for name, value in parts.headers}
+    names = CLOUDEVENTS if CE_SPECVERSION in headers else NATIVE
     return Message(
-        message_id=_message_id(headers),
-        source=_required(headers, "source"),
-        sequence_no=_sequence_no(headers),
-        aggregate_type=_required(headers, "aggregate_type"),
-        event_type=_required(headers, "event_type"),
+        message_id=_message_id(headers, name=names.message_id),
+        source=_required(headers, names.source),
+        sequence_no=_sequence_no(headers, name=names.sequence_no),
+        aggregate_type=_required(headers, names.aggregate_type),
+        event_type=_required(headers, names.event_type),
         key=_key(parts.key),
         payload=_payload(parts.value),
         headers=headers,
@@ -122,7 +124,8 @@ def _message(parts: _Parts) -> Message:
         topic=parts.topic,
         partition=parts.partition,
         offset=parts.offset,
-        is_unordered="unordered" in headers,
+        is_unordered=names.unordered in headers,
+        replay=headers.get(names.replay),
     )
 
 
@@ -133,18 +136,18 @@ def _required(headers: dict[str, str], name: str) -> str:
         raise ValueError(f'it has no header "{name}"') from None
 
 
-def _message_id(headers: dict[str, str]) -> UUID:
-    text = _required(headers, "id")
+def _message_id(headers: dict[str, str], *, name: str) -> UUID:
+    text = _required(headers, name)
     try:
         return UUID(text)
     except ValueError:
-        raise ValueError(f'its header "id" is {text!r}, not a UUID') from None
+        raise ValueError(f'its header "{name}" is {text!r}, not a UUID') from None
 
 
-def _sequence_no(headers: dict[str, str]) -> int:
-    text = _required(headers, "sequence_no")
+def _sequence_no(headers: dict[str, str], *, name: str) -> int:
+    text = _required(headers, name)
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= _LARGEST_NUMBER):
-        raise ValueError(f'its header "sequence_no" is {text!r}, not a number from 1 to {_LARGEST_NUMBER}')
+        raise ValueError(f'its header "{name}" is {text!r}, not a number from 1 to {_LARGEST_NUMBER}')
     return int(text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox_relay.consumer.inbox import Accepting, Batch, record
+from outbox_relay.consumer.inbox import Accepting, Batch, id_of, record
 from outbox_relay.queries import Query
 from outbox_relay.sql import statement
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
     from uuid import UUID
 
+    from outbox_relay.consumer.inbox import Replays
     from outbox_relay.consumer.message import Message
     from outbox_relay.queries import Queries
 
@@ -26,7 +27,8 @@ class SequenceInbox(Accepting):
     levels and errors are as with `Inbox`; each method has a twin for asyncio whose name ends in `_async`.
 
     A message that is unordered is deduplicated by its id, in the table of `Inbox` and under the same consumer: prune
-    it with `Inbox(consumer).prune`. A batch with such messages takes two round trips.
+    it with `Inbox(consumer).prune`. So is one of a replay that is applied; it moves no mark. A batch with such messages
+    takes two round trips.
 
     Limits: it relies on the relay's promise of order, so messages of a key that are written beside the relay, or by a
     relay whose `on_poison` is changed between "park" and "skip" while messages are in flight, are dropped or doubled.
@@ -38,13 +40,16 @@ class SequenceInbox(Accepting):
     Args:
         consumer: Who consumes. Several consumers share a table and do not see each other's marks.
         schema: Where the tables are; None leaves it to search_path.
+        replays: "ignore": a replayed message is a delivery like any other, so that nearly always its number is not
+            above the mark. "apply": it is fresh once for each replay, whatever the mark.
     """
 
     def _accept(self, messages: Sequence[Message]) -> Queries[Batch]:
-        marks = yield from self._raise_marks([message for message in messages if not message.is_unordered])
-        unordered = [message for message in messages if message.is_unordered]
-        unseen = yield from record(unordered, consumer=self.consumer, schema=self.schema)
-        return decide(messages, marks=marks, unseen=unseen)
+        by_number = [message for message in messages if has_mark(message, replays=self.replays)]
+        by_id = [message for message in messages if not has_mark(message, replays=self.replays)]
+        marks = yield from self._raise_marks(by_number)
+        unseen = yield from record(by_id, consumer=self.consumer, schema=self.schema, replays=self.replays)
+        return decide(messages, marks=marks, unseen=unseen, replays=self.replays)
 
     def _raise_marks(self, messages: Sequence[Message]) -> Queries[dict[Key, int]]:
         """Raise the marks of all keys in *messages*, and give what they were before."""
@@ -80,22 +85,30 @@ class Key(NamedTuple):
     key: str
 
 
-def decide(messages: Iterable[Message], *, marks: Mapping[Key, int], unseen: AbstractSet[UUID]) -> Batch:
+def has_mark(message: Message, *, replays: Replays) -> bool:
+    """Tell whether *message* is known by its number: one that is unordered, or an applied replay, is so by its id."""
+    return not message.is_unordered and (replays == "ignore" or message.replay is None)
+
+
+def decide(
+    messages: Iterable[Message], *, marks: Mapping[Key, int], unseen: AbstractSet[UUID], replays: Replays
+) -> Batch:
     """
     Tell what is fresh among *messages*, which come in the order of delivery.
 
     Args:
         marks: The last number consumed of each key before; a key without one is new.
-        unseen: Ids of unordered messages that were not recorded before.
+        unseen: Ids that were not recorded before, of the messages that have no mark.
     """
     batch = Batch()
     reached = dict(marks)
     remaining = set(unseen)
     for message in messages:
         key = _key_of(message)
-        if message.is_unordered:
-            is_fresh = message.message_id in remaining
-            remaining.discard(message.message_id)
+        if not has_mark(message, replays=replays):
+            recorded_id = id_of(message, replays=replays)
+            is_fresh = recorded_id in remaining
+            remaining.discard(recorded_id)
             (batch.fresh if is_fresh else batch.duplicates).append(message)
         elif message.sequence_no > reached.get(key, 0):
             reached[key] = message.sequence_no

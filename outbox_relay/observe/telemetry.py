@@ -9,20 +9,25 @@ from dataclasses import asdict
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from outbox_relay.errors import OutboxRelayError
 from outbox_relay.observe import events
+from outbox_relay.observe.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-    from outbox_relay.observe.metrics import Metrics
+    from outbox_relay.observe.metrics import Metrics, RepublishCause
     from outbox_relay.relay.failures import Scope
     from outbox_relay.relay.horizon import OpenTransaction
     from outbox_relay.relay.settle import Settlement
+    from outbox_relay.relay.survey import Backlog, Head, Upkeep
 
-_DEAD_AFTER_SECONDS = 60.0
+_HELD_SECONDS = 1.0  # from when on a held horizon is worth telling
+
 _AGGREGATE_TYPE = attrgetter("aggregate_type")
+_CREATED_AT_MS = attrgetter("created_at_ms")
 _STORED_BYTES = attrgetter("stored_bytes")
 _IS_UNORDERED = attrgetter("is_unordered")
 
@@ -33,17 +38,32 @@ class Telemetry:
 
     Args:
         topic_of: Gives the topic of an aggregate type, for the labels of the metrics.
+        live_max_age: Seconds without a sign of life after which a thread counts as stuck.
+        ready_max_age: Seconds after which a relay that moves nothing is not ready; 0 for never.
     """
 
-    def __init__(self, *, logger: FilteringBoundLogger, metrics: Metrics, topic_of: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        *,
+        logger: FilteringBoundLogger,
+        metrics: Metrics,
+        topic_of: Callable[[str], str],
+        live_max_age: float = 60.0,
+        ready_max_age: float = 0.0,
+    ) -> None:
         self._logger = logger
         self._metrics = metrics
         self._topic_of = topic_of
+        self._live_max_age = live_max_age
+        self._ready_max_age = ready_max_age
         self._lock = threading.Lock()
         self._lost: dict[str, dict[str, float]] = {"kafka": {}, "database": {}, "topic": {}}
         self._seen: set[str] = set()
         self._beats: dict[str, float] = {}
         self._is_draining = False
+        self._settled_at = time.monotonic()
+        self._progress = Progress(known_until=time.monotonic())
+        self._held_seconds = 0.0
 
     def relay_started(self, **facts: object) -> None:
         """Log with what settings the relay works."""
@@ -67,13 +87,18 @@ class Telemetry:
         lane: str,
         settlement: Settlement,
         *,
+        acknowledged_at: float,
         claim_seconds: float,
         publish_seconds: float,
         settle_seconds: float,
     ) -> None:
-        """Count a committed batch."""
+        """Count a committed batch; *acknowledged_at* is in seconds since 1970, by the database's clock."""
         metrics = self._metrics
         published = settlement.published
+        if published or settlement.parked:
+            self._settled_at = time.monotonic()
+        if published:
+            metrics.commit_to_ack.observe(map(_CREATED_AT_MS, published), ended_ms=1000 * acknowledged_at)
         messages = Counter(map(_AGGREGATE_TYPE, published))
         for name, count in messages.items():
             of_type = published if count == len(published) else [m for m in published if m.aggregate_type == name]
@@ -96,7 +121,7 @@ class Telemetry:
             settle_seconds=round(settle_seconds, 6),
         )
         if settlement.parked:
-            metrics.parked_messages.inc(len(settlement.parked))
+            metrics.newly_parked_messages.inc(len(settlement.parked))
             first = settlement.parked[0]
             self._logger.error(
                 events.MESSAGES_PARKED,
@@ -114,6 +139,14 @@ class Telemetry:
         if failures:
             codes = {code: count for (code, _), count in failures.items()}
             self._logger.warning(events.DELIVERIES_FAILED, codes=codes)
+
+    def messages_republished(self, count: int, *, cause: RepublishCause) -> None:
+        """Count messages that are in Kafka and could not be marked: they will be sent again."""
+        self._metrics.republished_messages.labels(cause).inc(count)
+
+    def producers_rebuilt(self, count: int) -> None:
+        """Count producers that took the place of one that had failed for good."""
+        self._metrics.rebuilt_producers.inc(count)
 
     def late_messages_found(self, count: int) -> None:
         """Count messages that appeared below the floor."""
@@ -137,9 +170,40 @@ class Telemetry:
         self._metrics.failed_prunings.inc()
         self._logger.warning(events.PRUNING_FAILED, error=str(error))
 
-    def horizon_polled(self, *, held_seconds: float) -> None:
-        """Keep the age of a held horizon, and the watch's heartbeat."""
+    def backlog_surveyed(self, backlog: Backlog, *, until: float) -> None:
+        """Show what waits until the `time.monotonic()` *until*, and keep whether it moves."""
+        self._metrics.survey.show(backlog, until=until)
+        heads = [head for head in backlog.heads if self._is_publishable(head)]
+        self._progress.saw(heads, now=time.monotonic(), until=until)
+
+    def upkeep_surveyed(self, upkeep: Upkeep, *, until: float) -> None:
+        """Show the state of tables and transactions until the `time.monotonic()` *until*."""
+        self._metrics.survey.show(upkeep, until=until)
+
+    def survey_failed(self, error: Exception) -> None:
+        """Count a survey that an error ended; the relay works on."""
+        self._metrics.failed_surveys.inc()
+        self._logger.warning(events.SURVEY_FAILED, error=str(error))
+
+    def canary_written(self, *, at: float) -> None:
+        """Keep since when, by `time.monotonic()`, a canary has been on its way."""
+        self._metrics.canary_open.set_function(lambda: time.monotonic() - at)
+
+    def canary_arrived(self, seconds: float) -> None:
+        """Count the time that a canary took."""
+        self._metrics.canary_open.set_function(lambda: 0.0)
+        self._metrics.canary_seconds.observe(seconds)
+
+    def canary_failed(self, error: Exception) -> None:
+        """Count a canary that an error interrupted; the relay works on."""
+        self._metrics.failed_canaries.inc()
+        self._logger.warning(events.CANARY_FAILED, error=str(error))
+
+    def horizon_polled(self, *, held_seconds: float, blockers: int) -> None:
+        """Keep the age of a held horizon and how many hold it, and the watch's heartbeat."""
+        self._held_seconds = held_seconds
         self._metrics.horizon_held_seconds.set(held_seconds)
+        self._metrics.horizon_blockers.set(blockers)
         self.beat("horizon")
 
     def horizon_held(self, blockers: Sequence[OpenTransaction], *, held_seconds: float) -> None:
@@ -236,7 +300,7 @@ class Telemetry:
         return [
             f"thread {thread} has not moved for {now - at:.0f} s"
             for thread, at in list(self._beats.items())
-            if now - at > _DEAD_AFTER_SECONDS
+            if now - at > self._live_max_age
         ]
 
     def why_not_ready(self) -> list[str]:
@@ -249,4 +313,30 @@ class Telemetry:
                 reasons.append(f"{part} has not been reached yet")
             elif self._lost[part]:
                 reasons.append(f"{part} is away")
+        return reasons + self._why_not_moving()
+
+    def _why_not_moving(self) -> list[str]:
+        """
+        Tell where messages wait that nobody publishes, and for how long.
+
+        When the backlog cannot be read, it is enough that this relay publishes.
+        """
+        max_age, now = self._ready_max_age, time.monotonic()
+        if not max_age:
+            return []
+        reasons = self._progress.why_stuck(now=now, max_age=max_age)
+        silent_for = now - max(self._progress.known_until, self._settled_at)
+        if silent_for > max_age:
+            reasons.append(f"nothing was published for {silent_for:.0f} s, and what waits cannot be read")
+        if reasons and self._held_seconds > _HELD_SECONDS:
+            reasons.append(f"open writers have held up new messages for {self._held_seconds:.0f} s")
         return reasons
+
+    def _is_publishable(self, head: Head) -> bool:
+        """Tell whether the message waits for nothing that has a reason, a metric and an event of its own."""
+        if self.is_lost("kafka") or self.is_lost("database"):
+            return False
+        try:
+            return self._topic_of(head.aggregate_type) not in self._lost["topic"]
+        except OutboxRelayError:
+            return True  # no topic at all: it is about to be parked

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from outbox_relay.relay.prune import count_batch, prune_batch, prune_unordered
+from outbox_relay.relay.prune import (
+    count_batch,
+    first_kept_id,
+    open_partition,
+    prune_batch,
+    prune_partition,
+    prune_unordered,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from psycopg import Connection
 
-    from outbox_relay.relay.prune import PruneOptions
+    from outbox_relay.relay.prune import PrunedBatch, PruneOptions
 
 _BUSY_SECONDS = 0.05  # while a relay prunes a batch
 
@@ -36,8 +44,9 @@ def prune(connection: Connection, *, options: PruneOptions, on_batch: Callable[[
     """
     Remove every message that is old enough, and what is remembered of overtaken transactions.
 
-    *connection* is in autocommit mode. Each batch is a transaction, and as much time passes between two of them as they
-    take; whatever ends this early leaves the batches so far removed.
+    *connection* is in autocommit mode. Partitions are opened and dropped first, as it is time. Each batch is a
+    transaction, and as much time passes between two of them as they take; whatever ends this early leaves the batches
+    so far removed.
 
     Args:
         on_batch: Is told how many messages are removed so far.
@@ -47,28 +56,42 @@ def prune(connection: Connection, *, options: PruneOptions, on_batch: Callable[[
         DatabaseConflict: A lock or a time-out rolled a batch back.
         SchemaMismatch: There is no outbox, or this role may not remove its messages.
     """
-    removed = after = 0
-    while True:
-        started = time.monotonic()
-        batch = prune_batch(connection, options=options, after=after)
-        if batch is None:
-            time.sleep(_BUSY_SECONDS)
-            continue
+    open_partition(connection, options=options)
+    before = first_kept_id(connection, options=options)
+    partitions = _batches(lambda _after: prune_partition(connection, options=options))
+    rows = _batches(lambda after: prune_batch(connection, options=options, after=after, before=before))
+    removed = 0
+    for batch in chain(partitions, rows):
         removed += batch.messages
-        after = batch.after
-        on_batch(removed)
-        if batch.is_last:
-            return Pruned(removed, prune_unordered(connection, options=options))
-        time.sleep(time.monotonic() - started)
+        if batch.messages:
+            on_batch(removed)
+    return Pruned(removed, prune_unordered(connection, options=options))
 
 
 def count_prunable(connection: Connection, *, options: PruneOptions, on_batch: Callable[[int], None]) -> int:
     """Count the messages that `prune` would remove; raise what it raises."""
     found = after = 0
+    before = first_kept_id(connection, options=options)
     while True:
-        batch = count_batch(connection, options=options, after=after)
+        batch = count_batch(connection, options=options, after=after, before=before)
         found += batch.messages
         after = batch.after
         on_batch(found)
         if batch.is_last:
             return found
+
+
+def _batches(prune_next: Callable[[int], PrunedBatch | None]) -> Iterator[PrunedBatch]:
+    """Prune batch after batch up to the last one, with as much time between two as they take."""
+    after = 0
+    while True:
+        started = time.monotonic()
+        batch = prune_next(after)
+        if batch is None:
+            time.sleep(_BUSY_SECONDS)
+            continue
+        yield batch
+        if batch.is_last:
+            return
+        after = batch.after
+        time.sleep(time.monotonic() - started)

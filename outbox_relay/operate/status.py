@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
-from outbox_relay.database import translated_errors
 from outbox_relay.relay.horizon import OpenTransaction, among, describe, list_writers, observe
-from outbox_relay.sql import statement
+from outbox_relay.relay.survey import SurveyOptions, read_backlog
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -43,13 +42,17 @@ def read_status(connection: Connection, *, schema: str) -> Status:
 
     Raises:
         DatabaseUnavailable: The connection broke.
+        DatabaseConflict: The table is locked by somebody who changes its definition, or looking takes too long.
         SchemaMismatch: There is no outbox in *schema*, or this role may not read it.
     """
-    with translated_errors():
-        [row] = connection.execute(statement("backlog", schema=schema), {"most": MOST_COUNTED}).fetchall()
-    unpublished, oldest_age_seconds, parked, parked_keys = row
-    writers = open_writers(connection, schema=schema)
-    return Status(unpublished, oldest_age_seconds, parked, parked_keys, writers)
+    backlog = read_backlog(connection, options=SurveyOptions(schema=schema, messages=MOST_COUNTED))
+    return Status(
+        unpublished=backlog.unpublished_messages,
+        oldest_age_seconds=backlog.oldest_unpublished_seconds,
+        parked=backlog.parked_messages,
+        parked_keys=backlog.parked_keys,
+        writers=open_writers(connection, schema=schema),
+    )
 
 
 def open_writers(connection: Connection, *, schema: str) -> list[OpenTransaction]:

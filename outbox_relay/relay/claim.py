@@ -14,7 +14,7 @@ from outbox_relay.sql import numbers, statement
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from psycopg import Connection
+    from psycopg import Connection, Cursor
     from psycopg.rows import TupleRow
 
 SHARDS = 16
@@ -102,12 +102,14 @@ class Batch:
         generations: Generation of every shard, by number.
         drained: Shards in which nothing was left to claim.
         waiting: Shards that have messages which this claim did not take: another lane holds them.
+        began_at: When the transaction began, in seconds since 1970 on the database's clock.
     """
 
     messages: list[Message]
     generations: list[int]
     drained: list[int]
     waiting: list[int]
+    began_at: float = 0.0
 
     @property
     def stored_bytes(self) -> int:
@@ -160,8 +162,8 @@ def claim(
     with translated_errors():
         # In one message and not in a pipeline, which the driver ends with a Flush: PostgreSQL counts no idle time after
         # that, and the transaction of a frozen relay would never be ended.
-        connection.execute(begin_statement(options))
-        batch = _batch(connection.execute(take, parameters, prepare=True).fetchall())
+        began_at = _last_value(connection.execute(begin_statement(options)))
+        batch = _batch(connection.execute(take, parameters, prepare=True).fetchall(), began_at=began_at)
         if not batch.messages:
             connection.commit()  # not a rollback, after which the driver prepares the claim anew
     return batch
@@ -181,7 +183,15 @@ def claim_parameters(
     }
 
 
-def _batch(rows: Sequence[TupleRow]) -> Batch:
+def _last_value(cursor: Cursor) -> float:
+    """Give the only value of the last of several statements."""
+    while cursor.nextset():
+        pass
+    [(value,)] = cursor.fetchall()
+    return float(value)
+
+
+def _batch(rows: Sequence[TupleRow], *, began_at: float) -> Batch:
     """Split the claim's rows into messages and what it says about the shards."""
     messages: list[Message] = []
     generations = [0] * SHARDS
@@ -197,4 +207,4 @@ def _batch(rows: Sequence[TupleRow]) -> Batch:
         else:
             waiting.append(shard)
     messages.sort(key=attrgetter("sequence_no"))
-    return Batch(messages, generations, drained, waiting)
+    return Batch(messages, generations, drained, waiting, began_at)

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from outbox_relay.errors import OutboxRelayError
+
 if TYPE_CHECKING:
     import random
+
+
+class Unpublishable(OutboxRelayError):
+    """Kafka could never accept this message as it is; the text is the reason that an operator reads."""
 
 
 class Scope(Enum):
@@ -33,6 +39,11 @@ class Failure:
     scope: Scope
     code: str
     reason: str
+
+    @property
+    def text(self) -> str:
+        """What an operator reads."""
+        return f"{self.code}: {self.reason}"
 
 
 Outcome = Failure | None

@@ -122,6 +122,11 @@ class Horizon:
         """Give the seconds for which the oldest candidate has been waiting, 0 if none is."""
         return now - self.candidates[0].observed_at if self.candidates else 0.0
 
+    def blockers(self, *, now: float) -> int:
+        """Give the number of transactions that any candidate has been waiting for beyond the patience."""
+        waiting = [candidate.awaited for candidate in self.candidates if now - candidate.observed_at > self.patience]
+        return len(set[int]().union(*waiting))
+
     def overdue(self, *, now: float) -> frozenset[int]:
         """Give the writers that have held up the horizon beyond the ordering timeout."""
         if self.held_for(now=now) < self.ordering_timeout:

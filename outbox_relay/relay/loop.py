@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from outbox_relay.database import roll_back
-from outbox_relay.errors import DatabaseConflict, KafkaUnavailable, OutboxRelayError
+from outbox_relay.errors import DatabaseConflict, DatabaseUnavailable, KafkaUnavailable, OutboxRelayError
 from outbox_relay.relay.claim import Batch, ClaimOptions, Floors, claim, next_limits
 from outbox_relay.relay.failures import Backoff, Failure, Outcome, Scope
 from outbox_relay.relay.holds import HeldTopics
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from psycopg import Connection
 
+    from outbox_relay.observe.metrics import RepublishCause
     from outbox_relay.observe.telemetry import Telemetry
     from outbox_relay.relay.message import Message
     from outbox_relay.relay.publish import Publisher
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 _RETRY_CLAIM_SECONDS = 0.05  # when another lane holds shards that have work: if it dies, they are free at once
 _MOST_WAIT_SECONDS = 1.0  # between heartbeats, and between probes of held topics
+_LOST_MARKS: dict[type[Exception], RepublishCause] = {
+    DatabaseConflict: "conflict",
+    DatabaseUnavailable: "connection",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ class Lane:
         self._conflict_backoff = Backoff()
         self._kafka_backoff = Backoff()
         self._kafka_is_ready = False
+        self._rebuilt_producers = 0
         self._limits = options.claim
         self._forget()
 
@@ -130,6 +136,7 @@ class Lane:
         while not self._stop.is_set():
             self._await_kafka()
             self._telemetry.beat(self.name)
+            self._count_rebuilt_producers()
             try:
                 self._probe_held_topics()
                 through = self._await_work()
@@ -174,19 +181,17 @@ class Lane:
         if not batch.messages:
             self._remember(batch, Settlement(), {}, through=through)
             return
+        self._telemetry.beat(self.name)
         outcomes = self._publish(batch.messages, deadline=started + self._options.publish_deadline)
         published = time.monotonic()
+        self._telemetry.beat(self.name)
         settlement = decide(batch.messages, outcomes, on_poison=self._options.on_poison)
-        generations = settle(
-            connection,
-            schema=self._limits.schema,
-            settlement=settlement,
-            mode=self._options.settle,
-        )
+        generations = self._settle(connection, settlement, acknowledged=outcomes.count(None))
         self._remember(batch, settlement, generations, through=through)
         self._telemetry.batch_published(
             self.name,
             settlement,
+            acknowledged_at=batch.began_at + published - started,
             claim_seconds=claimed - started,
             publish_seconds=published - claimed,
             settle_seconds=time.monotonic() - published,
@@ -200,6 +205,18 @@ class Lane:
         for index, outcome in zip(prepared.indexes, reported, strict=True):
             prepared.outcomes[index] = outcome
         return prepared.outcomes
+
+    def _settle(self, connection: Connection, settlement: Settlement, *, acknowledged: int) -> dict[int, int]:
+        """Settle, and count what is in Kafka and stays unmarked; of a lost COMMIT nobody knows whether it is."""
+        try:
+            generations = settle(
+                connection, schema=self._limits.schema, settlement=settlement, mode=self._options.settle
+            )
+        except Exception as error:
+            self._telemetry.messages_republished(acknowledged, cause=_LOST_MARKS.get(type(error), "error"))
+            raise
+        self._telemetry.messages_republished(acknowledged - len(settlement.published), cause="order")
+        return generations
 
     def _remember(
         self,
@@ -259,7 +276,7 @@ class Lane:
             self._forgive_topics(messages, outcomes)
         lost = next((outcome for _, outcome in failed if outcome.scope is Scope.CONNECTION), None)
         if lost is not None:
-            self._lose_kafka(f"{lost.code}: {lost.reason}")
+            self._lose_kafka(lost.text)
 
     def _hold_topics(self, failed: Sequence[tuple[Message, Failure]]) -> None:
         """Leave messages of unavailable topics out of the next claims."""
@@ -289,6 +306,7 @@ class Lane:
         """Return when the brokers answer, or on the stop. No transaction is open meanwhile."""
         self._kafka_is_ready &= not self._telemetry.is_lost("kafka")  # another lane may have noticed
         while not self._kafka_is_ready and not self._stop.is_set():
+            self._telemetry.beat(self.name)
             try:
                 self._publisher.probe()
             except KafkaUnavailable as error:
@@ -296,6 +314,11 @@ class Lane:
             else:
                 self._kafka_is_ready = True
                 self._telemetry.kafka_recovered(self.name)
+
+    def _count_rebuilt_producers(self) -> None:
+        rebuilt = self._publisher.producers_rebuilt
+        self._telemetry.producers_rebuilt(rebuilt - self._rebuilt_producers)
+        self._rebuilt_producers = rebuilt
 
     def _lose_kafka(self, reason: str) -> None:
         self._kafka_is_ready = False

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from outbox_relay.errors import OutboxRelayError
-from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope
-from outbox_relay.wire import RESERVED_HEADERS
+from outbox_relay.errors import ConfigurationError
+from outbox_relay.relay.envelope import cloudevent_headers, is_uri_reference, native_headers, own_headers
+from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope, Unpublishable
+from outbox_relay.wire import CLOUDEVENTS, NATIVE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from outbox_relay.relay.envelope import Envelope, Header
     from outbox_relay.relay.failures import Outcome
 
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
-Header = tuple[str, str | bytes | None]
 Key = tuple[str, str]
 OnPoison = Literal["park", "skip"]
 
@@ -67,10 +67,6 @@ class Record(NamedTuple):
     timestamp_ms: int
 
 
-class Unpublishable(OutboxRelayError):
-    """Kafka could never accept this message as it is; the text is the reason that an operator reads."""
-
-
 @dataclass(frozen=True, slots=True)
 class Addressing:
     """
@@ -80,17 +76,31 @@ class Addressing:
         template: Topic name, with `{aggregate_type}` to fill in.
         topics: Topics of aggregate types that do not follow the template.
         allowed: The only topics that may be written to; empty means all.
-        source: Value of the header `source`; together with `sequence_no` it names a message for ever.
+        source: Which outbox messages come from; together with `sequence_no` it names a message for ever.
+        envelope: How the headers say what a message is.
+        replay: Name of the replay that the messages are part of; empty, they are published for the first time.
         readable_bytes: Messages stored in more bytes than this come without their payload and cannot be sent.
         is_ordered: False adds the header `unordered` to every message: numbers say nothing about order then.
+
+    Raises:
+        ConfigurationError: The source is none that a CloudEvent may have.
     """
 
     template: str = "{aggregate_type}.events"
     topics: Mapping[str, str] = field(default_factory=dict)
     allowed: frozenset[str] = frozenset()
     source: str = ""
+    envelope: Envelope = "native"
+    replay: str = ""
     readable_bytes: int = 8_000_000
     is_ordered: bool = True
+
+    def __post_init__(self) -> None:
+        if self.envelope == "cloudevents" and not is_uri_reference(self.source):
+            raise ConfigurationError(
+                f'the source "{self.source}" is no URI-reference, as that of a CloudEvent has to be: set'
+                " OUTBOX_RELAY_SOURCE to a URI, or to a name without spaces"
+            )
 
     def topic(self, aggregate_type: str) -> str:
         """
@@ -122,14 +132,11 @@ class Addressing:
             )
         if message.created_at_ms <= 0:  # librdkafka takes 0 for "now"
             raise Unpublishable("created_at is not after 1970-01-01, as a Kafka timestamp has to be")
-        own = _own_headers(message.headers) if message.headers != "{}" else _NO_HEADERS
-        headers: list[Header] = [
-            ("id", message.message_id),
-            ("event_type", message.event_type),
-            ("aggregate_type", message.aggregate_type),
-            ("sequence_no", str(message.sequence_no)),
-            ("source", self.source),
-        ]
+        own = own_headers(message.headers, envelope=self.envelope) if message.headers != "{}" else _NO_HEADERS
+        if self.envelope == "native":
+            names, headers = NATIVE, native_headers(message, source=self.source)
+        else:
+            names, headers = CLOUDEVENTS, cloudevent_headers(message, source=self.source)
         value: str | bytes | None = message.payload
         content_type = _JSON
         if value is None:
@@ -137,7 +144,9 @@ class Addressing:
         if value is not None and "content-type" not in own:
             headers.append(content_type)
         if message.is_unordered or not self.is_ordered:
-            headers.append(("unordered", "1"))
+            headers.append((names.unordered, "1"))
+        if self.replay:
+            headers.append((names.replay, self.replay))
         headers += own.items()
         return Record(topic, message.aggregate_id, value, headers, message.created_at_ms)
 
@@ -145,16 +154,6 @@ class Addressing:
 def is_topic_name(name: str) -> bool:
     """Tell whether Kafka allows *name* for a topic."""
     return _TOPIC_NAME.fullmatch(name) is not None and name not in {".", ".."}
-
-
-def _own_headers(text: str) -> dict[str, str]:
-    own: dict[str, object] = json.loads(text)
-    for name, value in own.items():
-        if not isinstance(value, str):
-            raise Unpublishable(f'header "{name}" is {json.dumps(value)[:100]}: a header is a string')
-        if name in RESERVED_HEADERS:
-            raise Unpublishable(f'header "{name}" is set by the relay: choose another name')
-    return cast("dict[str, str]", own)
 
 
 @dataclass(frozen=True, slots=True)

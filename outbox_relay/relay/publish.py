@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.cimpl import Producer  # tracing tools replace the other name by one that adds headers
 
 from outbox_relay.errors import KafkaUnavailable
 from outbox_relay.relay.failures import NO_REPORT, WITHDRAWN, Failure, Outcome, Scope, scope_of
@@ -50,9 +51,9 @@ class Publisher:
         self._known_topics: set[str] = set()
 
     @property
-    def producers_built(self) -> int:
-        """Producers made so far; more than two mean that some failed for good and were replaced."""
-        return self._together.producers_built + self._singly.producers_built
+    def producers_rebuilt(self) -> int:
+        """How many producers have taken the place of one that had failed for good, or had to be purged."""
+        return sum(max(0, sender.producers_built - 1) for sender in (self._together, self._singly))
 
     def probe(self) -> None:
         """

@@ -1,4 +1,4 @@
-"""The relay as a whole: one horizon watch, its lanes and the pruner, started together and stopped in two levels."""
+"""The relay as a whole: one horizon watch, its lanes and what is beside them, started and stopped together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from outbox_relay.errors import DatabaseUnavailable, KafkaUnavailable
+from outbox_relay.relay.canary import Canary, CanaryOptions
 from outbox_relay.relay.horizon import read_last_no
 from outbox_relay.relay.loop import Lane, LaneOptions
 from outbox_relay.relay.prune import PruneOptions, Pruner
+from outbox_relay.relay.survey import SurveyOptions, Surveyor
 from outbox_relay.relay.watch import HorizonWatch, WatchOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from psycopg import Connection
 
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
-    """What a relay process is made of; without *prune* every message is kept."""
+    """What a relay process is made of; a part that is None is left out: without *prune* every message is kept."""
 
     lanes: int = 2
     lane: LaneOptions = LaneOptions()  # noqa: RUF009 -- frozen
     watch: WatchOptions = WatchOptions()  # noqa: RUF009 -- frozen
     prune: PruneOptions | None = None
+    survey: SurveyOptions | None = None
+    canary: CanaryOptions | None = None
 
 
 class Relay:
@@ -75,14 +79,20 @@ class Relay:
             threading.Thread(target=self._watch.run, name="horizon", daemon=True),
             *(threading.Thread(target=lane.run, name=lane.name, daemon=True) for lane in self._lanes),
         ]
+        self._threads += [threading.Thread(target=part.run, name=name, daemon=True) for name, part in self._beside()]
+
+    def _beside(self) -> Iterator[tuple[str, Pruner | Surveyor | Canary]]:
+        """Make the parts on which no message depends."""
+        options, telemetry, stop = self._options, self._telemetry, self._stop
         if options.prune is not None:
-            pruner = Pruner(
-                options=options.prune,
-                connect=partial(connect, "prune"),
-                telemetry=telemetry,
-                stop=self._stop,
-            )
-            self._threads.append(threading.Thread(target=pruner.run, name="prune", daemon=True))
+            connect = partial(self._connect, "prune")
+            yield "prune", Pruner(options=options.prune, connect=connect, telemetry=telemetry, stop=stop)
+        if options.survey is not None:
+            connect = partial(self._connect, "survey")
+            yield "survey", Surveyor(options=options.survey, connect=connect, telemetry=telemetry, stop=stop)
+        if options.canary is not None:
+            connect = partial(self._connect, "canary")
+            yield "canary", Canary(options=options.canary, connect=connect, telemetry=telemetry, stop=stop)
 
     def start(self) -> None:
         """Start the threads."""

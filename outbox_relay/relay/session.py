@@ -1,4 +1,4 @@
-"""A thread's connection: made, lost and made anew with growing pauses, until the thread is stopped."""
+"""A thread's connection: made, lost and made anew after a pause, until the thread is stopped."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def work_until_stopped(
     backoff = Backoff()
     chance = random.Random()  # noqa: S311 -- jitter, no secret
     while not stop.is_set():
+        telemetry.beat(thread)
         connected_at = time.monotonic()
         try:
             with closing(connect()) as connection:
@@ -54,3 +55,29 @@ def work_until_stopped(
             if time.monotonic() - connected_at > backoff.most_seconds:
                 backoff.reset()
             stop.wait(backoff.next_pause(chance))
+
+
+def repeat_until_stopped(
+    thread: str,
+    *,
+    connect: Callable[[], Connection],
+    work: Callable[[Connection], None],
+    fail: Callable[[OutboxRelayError], None],
+    pause: float,
+    telemetry: Telemetry,
+    stop: threading.Event,
+) -> None:
+    """
+    Call *work*, on which no message depends, with a new connection, again and again until *stop*.
+
+    What it cannot do is told to *fail* and tried again after *pause* seconds: the relay stays ready, and works on.
+    """
+    while not stop.is_set():
+        try:
+            with closing(connect()) as connection:
+                work(connection)
+        except OutboxRelayError as error:
+            fail(error)
+        except Exception as error:  # noqa: BLE001 -- as above: no thread ends silently
+            telemetry.thread_failed(thread, error)
+        stop.wait(pause)

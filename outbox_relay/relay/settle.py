@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from psycopg import ClientCursor
 
 from outbox_relay.database import translated_errors
-from outbox_relay.relay.failures import Scope
+from outbox_relay.relay.failures import BEHIND_PARKED, Scope
 from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
@@ -57,20 +57,20 @@ def decide(messages: Sequence[Message], outcomes: Sequence[Outcome], *, on_poiso
     if outcomes.count(None) == len(outcomes):
         return Settlement(published=list(messages))
     settlement = Settlement()
-    parked_keys: dict[Key, int] = {}
+    parked_keys: set[Key] = set()
     open_keys: set[Key] = set()
     for message, outcome in zip(messages, outcomes, strict=True):
         key = message.key
         if key in parked_keys:
-            settlement.parked.append(Parked(message, f"behind parked message {parked_keys[key]} of the same key"))
+            settlement.parked.append(Parked(message, BEHIND_PARKED.text))
         elif key in open_keys:
             settlement.unsettled.append(message)
         elif outcome is None:
             settlement.published.append(message)
         elif outcome.scope is Scope.MESSAGE:
-            settlement.parked.append(Parked(message, f"{outcome.code}: {outcome.reason}"))
+            settlement.parked.append(Parked(message, outcome.text))
             if on_poison == "park":
-                parked_keys[key] = message.sequence_no
+                parked_keys.add(key)
         else:
             settlement.unsettled.append(message)
             open_keys.add(key)

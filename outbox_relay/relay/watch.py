@@ -108,7 +108,10 @@ class HorizonWatch:
                 self._has_to_reset = False
             before = self._horizon.through
             self._poll(connection)
-            self._telemetry.horizon_polled(held_seconds=self._horizon.held_for(now=time.monotonic()))
+            now = time.monotonic()
+            self._telemetry.horizon_polled(
+                held_seconds=self._horizon.held_for(now=now), blockers=self._horizon.blockers(now=now)
+            )
             if self._horizon.through > before:
                 self._announce()
             self._stopped.wait(self._next_pause())

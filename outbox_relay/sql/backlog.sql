@@ -1,37 +1,35 @@
--- What waits and what is parked. Counting stops at :most, so that the cost does not grow with the backlog.
+-- How many messages wait, how many are parked, and of how many keys. Each count stops at :most, so that the cost does not
+-- grow with the backlog; keys are counted by jumping from one to the next.
+WITH RECURSIVE parked_key AS (
+    (
+        SELECT shard, aggregate_type, aggregate_id
+        FROM {schema}.outbox
+        WHERE parked_at IS NOT NULL
+        ORDER BY shard, aggregate_type, aggregate_id
+        LIMIT 1
+    )
+    UNION ALL
+    SELECT next.*
+    FROM parked_key
+    CROSS JOIN LATERAL (
+        SELECT outbox.shard, outbox.aggregate_type, outbox.aggregate_id
+        FROM {schema}.outbox
+        WHERE outbox.parked_at IS NOT NULL
+            AND (outbox.shard, outbox.aggregate_type, outbox.aggregate_id)
+            > (parked_key.shard, parked_key.aggregate_type, parked_key.aggregate_id)
+        ORDER BY outbox.shard, outbox.aggregate_type, outbox.aggregate_id
+        LIMIT 1
+    ) AS next
+)
 SELECT
     (
         SELECT count(*)
         FROM (
             SELECT FROM {schema}.outbox WHERE published_at IS NULL AND parked_at IS NULL LIMIT %(most)s
         ) AS unpublished
-    ) AS unpublished,
-    (
-        SELECT coalesce(extract(epoch FROM clock_timestamp() - min(first.created_at)), 0)::float8
-        FROM {schema}.outbox_shard
-        CROSS JOIN LATERAL (
-            SELECT outbox.created_at
-            FROM {schema}.outbox
-            WHERE outbox.shard = outbox_shard.shard
-                AND outbox.published_at IS NULL
-                AND outbox.parked_at IS NULL
-            ORDER BY outbox.sequence_no
-            LIMIT 1
-        ) AS first
-    ) AS oldest_age_seconds,
+    ) AS unpublished_messages,
     (
         SELECT count(*)
         FROM (SELECT FROM {schema}.outbox WHERE parked_at IS NOT NULL LIMIT %(most)s) AS parked
-    ) AS parked,
-    (
-        SELECT count(*)
-        FROM (
-            SELECT DISTINCT aggregate_type, aggregate_id
-            FROM (
-                SELECT aggregate_type, aggregate_id
-                FROM {schema}.outbox
-                WHERE parked_at IS NOT NULL
-                LIMIT %(most)s
-            ) AS parked
-        ) AS keys
-    ) AS parked_keys
+    ) AS parked_messages,
+    (SELECT count(*) FROM (SELECT FROM parked_key LIMIT %(most)s) AS parked_key) AS parked_keys

@@ -4,8 +4,10 @@
 -- The claim is planned once for a connection: planning takes three times as long as claiming a few messages. That
 -- generic plan is the right one, in sequence order through the partial index, if nothing else may be chosen. JIT would
 -- compile it anew each time (100 ms).
--- The two time-outs at the end free the shards of a relay that is frozen: while it holds its messages, and (as that is
+-- The last two time-outs free the shards of a relay that is frozen: while it holds its messages, and (as that is
 -- not idle) while the server is still sending them.
+--
+-- The time at the end is what the age of the messages is reckoned by.
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL jit = off;
 SET LOCAL plan_cache_mode = force_generic_plan;
@@ -16,4 +18,5 @@ SET LOCAL synchronous_commit = %(synchronous_commit)b;
 SET LOCAL lock_timeout = %(lock_timeout_ms)d;
 SET LOCAL statement_timeout = %(statement_timeout_ms)d;
 SET LOCAL idle_in_transaction_session_timeout = %(transaction_timeout_ms)d;
-SET LOCAL tcp_user_timeout = %(transaction_timeout_ms)d
+SET LOCAL tcp_user_timeout = %(transaction_timeout_ms)d;
+SELECT extract(epoch FROM clock_timestamp())::float8

@@ -1,7 +1,8 @@
--- Each table of the outbox with what vacuum has to do with it. A size counts indexes and long values too.
+-- Each table of the outbox, or each of its partitions, with what vacuum has to do with it. A size counts indexes and long
+-- values too.
 SELECT
     format('%I.%I', namespace.nspname, relation.relname) AS name,
-    relation.relname = 'outbox' AS holds_messages,
+    wanted.name = 'outbox' AS holds_messages,
     coalesce(
         (
             SELECT option_value::boolean
@@ -19,6 +20,11 @@ SELECT
     age(relation.relfrozenxid)::bigint AS xid_age,
     mxid_age(relation.relminmxid)::bigint AS multixact_age
 FROM unnest(ARRAY['outbox', 'outbox_shard', 'outbox_unordered']) AS wanted (name)
-JOIN pg_class AS relation ON relation.oid = ('{schema}.' || wanted.name)::regclass
+CROSS JOIN LATERAL (
+    SELECT ('{schema}.' || wanted.name)::regclass::oid
+    UNION ALL
+    SELECT inhrelid FROM pg_inherits WHERE inhparent = ('{schema}.' || wanted.name)::regclass
+) AS part (oid)
+JOIN pg_class AS relation ON relation.oid = part.oid AND relation.relkind = 'r'
 JOIN pg_namespace AS namespace ON namespace.oid = relation.relnamespace
 ORDER BY relation.relname

@@ -10,7 +10,7 @@ SELECT
     parked.event_type,
     parked.parked_at,
     coalesce(parked.parked_reason, '') AS reason,
-    coalesce(parked.parked_reason, '') !~ '^behind[ _]parked' AS is_guilty,
+    coalesce(parked.parked_reason, '') NOT LIKE 'behind\_parked:%%' AS is_guilty,
     (
         SELECT count(*)
         FROM (
@@ -37,7 +37,7 @@ WHERE parked.parked_at IS NOT NULL
     AND (%(reason)s::text IS NULL OR parked.parked_reason ILIKE '%%' || %(reason)s::text || '%%')
     AND (
         %(with_waiting)s
-        OR coalesce(parked.parked_reason, '') !~ '^behind[ _]parked'
+        OR coalesce(parked.parked_reason, '') NOT LIKE 'behind\_parked:%%'
         OR NOT EXISTS (
             SELECT
             FROM {schema}.outbox AS earlier

@@ -1,5 +1,6 @@
--- What the next :messages rows by id are: up to which id, how many, how many of them may be pruned, and whether one was
--- created within the retention. Ids are drawn in the order of time, so that behind a recent message nothing is old.
+-- What the next :messages rows by id, up to :before, are: up to which id, how many, how many of them may be pruned, and
+-- whether one was created within the retention. Ids are drawn in the order of time, so that behind a recent message
+-- nothing is old.
 --
 -- A created_at in the future is not recent: the writer gave it, and it says nothing about when the id was drawn.
 SELECT
@@ -15,7 +16,7 @@ SELECT
 FROM (
     SELECT outbox.id, outbox.created_at, outbox.published_at, outbox.parked_at
     FROM {schema}.outbox
-    WHERE outbox.id > %(after)s::bigint
+    WHERE outbox.id > %(after)s::bigint AND outbox.id < %(before)s::bigint
     ORDER BY outbox.id
     LIMIT %(messages)s
 ) AS looked

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from psycopg.conninfo import make_conninfo
 
 from outbox_relay import __version__
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.load import commit_messages, insert_messages
-from tests.fixtures.probes import ask
+from tests.fixtures.probes import ask, scrape
+from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from outbox_relay.sandbox.kafka import KafkaCluster
     from tests.fixtures.daemon import Daemon
     from tests.fixtures.pipeline import Pipeline
 
 pytestmark = pytest.mark.kafka
 
-Samples = dict[tuple[str, tuple[str, ...]], float]
-
 INSERT_POISON = """
 INSERT INTO outbox (aggregate_type, aggregate_id, event_type, headers)
 VALUES ('order', 'order-1', 'happened', '{"attempt": 3}')
 """
-
-
-def scrape(port: int) -> Samples:
-    """Every sample by its name and the values of its labels."""
-    status, text = ask(port, "/metrics")
-    assert status == 200
-    return {
-        (sample.name, tuple(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @contextmanager
@@ -70,6 +61,83 @@ def test_probes_are_green_while_it_works_and_readiness_turns_red_when_it_drains(
         assert relay.wait() == 0
 
 
+WATCHFUL = {"survey_interval": 0.1, "ready_max_age": 1}
+
+
+def test_readiness_turns_red_while_nothing_moves_although_the_process_lives(pipeline: Pipeline) -> None:
+    port = ReservedPort()
+    with (
+        pipeline.relay(metrics_port=port.number, **WATCHFUL) as relay,
+        pipeline.database.connect() as writer,
+        pipeline.database.connect() as somebody,
+    ):
+        relay.wait_until_ready()
+        somebody.execute("SELECT FROM outbox_shard FOR UPDATE")
+        commit_messages(writer, "order-1")
+        eventually(lambda: ask(port.number, "/readyz")[0] == 503)
+        reason = ask(port.number, "/readyz")[1]
+        assert re.fullmatch(r"message 1 has been the next of shard \d+ for \d s; 1 stand still\n", reason), reason
+        assert ask(port.number, "/livez") == (200, "ok\n")
+        somebody.rollback()
+        pipeline.await_settled()
+        eventually(lambda: ask(port.number, "/readyz") == (200, "ok\n"))
+
+
+def test_readiness_turns_red_while_nobody_can_tell_whether_anything_moves(pipeline: Pipeline) -> None:
+    port = ReservedPort()
+    with (
+        pipeline.relay(metrics_port=port.number, **WATCHFUL) as relay,
+        pipeline.database.connect() as somebody,
+    ):
+        relay.wait_until_ready()
+        somebody.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
+        relay.wait_for_event("survey_failed")
+        eventually(lambda: ask(port.number, "/readyz")[0] == 503)
+        reason = ask(port.number, "/readyz")[1]
+        assert re.fullmatch(r"nothing was published for \d s, and what waits cannot be read\n", reason), reason
+        somebody.rollback()
+        eventually(lambda: ask(port.number, "/readyz") == (200, "ok\n"))
+
+
+def last_beats(port: int) -> dict[str, float]:
+    """When each thread last gave a sign of life, by `time.monotonic()`."""
+    now = time.monotonic()
+    ages = {labels[0]: age for (name, labels), age in scrape(port).items() if name == "outbox_relay_beat_age_seconds"}
+    return {thread: now - age for thread, age in ages.items()}
+
+
+def beat_on(port: int, *threads: str) -> Callable[[], bool]:
+    """Tells whether all *threads* have begun another turn since now."""
+    before = last_beats(port)
+    return lambda: all(last_beats(port)[thread] > before[thread] + 0.05 for thread in threads)
+
+
+def test_threads_that_wait_for_kafka_are_alive(own_kafka_pipeline: Pipeline, own_kafka: KafkaCluster) -> None:
+    port = ReservedPort()
+    with ready_relay(own_kafka_pipeline, port) as relay, own_kafka_pipeline.database.connect() as writer:
+        own_kafka.kill()
+        commit_messages(writer, "order-1")
+        relay.wait_for_event("kafka_lost")
+        for _ in range(2):
+            eventually(beat_on(port.number, "lane-1", "lane-2", "horizon"))
+        assert ask(port.number, "/readyz")[0] == 503
+        assert ask(port.number, "/livez") == (200, "ok\n")
+
+
+def test_threads_that_wait_for_the_database_are_alive(pipeline: Pipeline) -> None:
+    port = ReservedPort()
+    with TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy:
+        behind_proxy = make_conninfo(pipeline.database.dsn, port=proxy.port)
+        with pipeline.relay(metrics_port=port.number, database_url=behind_proxy) as relay:
+            relay.wait_until_ready()
+            proxy.cut(refuse=True)
+            relay.wait_for_event("database_lost")
+            for _ in range(2):
+                eventually(beat_on(port.number, "lane-1", "lane-2", "horizon"))
+            assert ask(port.number, "/readyz") == (503, "database is away\n")
+            assert ask(port.number, "/livez") == (200, "ok\n")
+
+
 def test_metrics_count_what_was_published_by_topic(pipeline: Pipeline) -> None:
     port = ReservedPort()
     with ready_relay(pipeline, port), pipeline.database.connect() as writer:
@@ -80,10 +148,12 @@ def test_metrics_count_what_was_published_by_topic(pipeline: Pipeline) -> None:
         after = scrape(port.number)
     assert before["outbox_relay_up", ("database",)] == before["outbox_relay_up", ("kafka",)] == 1
     assert before["outbox_relay_build_info", (__version__,)] == 1
-    published = {labels: value for (name, labels), value in after.items() if name.endswith("published_messages_total")}
+    published = {
+        labels: value for (name, labels), value in after.items() if name == "outbox_relay_published_messages_total"
+    }
     assert published == {(pipeline.topic("order"),): 2, (pipeline.topic("payment"),): 1}
     assert after["outbox_relay_batch_messages_sum", ()] == 3
-    assert after["outbox_relay_parked_messages_total", ()] == 0
+    assert after["outbox_relay_newly_parked_messages_total", ()] == 0
 
 
 def test_metrics_count_parked_and_late_messages(pipeline: Pipeline) -> None:
@@ -103,7 +173,7 @@ def test_metrics_count_parked_and_late_messages(pipeline: Pipeline) -> None:
         eventually(lambda: writer.execute(is_overtaken).fetchone() == (True,))
         late.commit()
         pipeline.await_settled()
-        names = ("parked_messages", "given_up_writers", "unordered_messages", "late_messages")
+        names = ("newly_parked_messages", "given_up_writers", "unordered_messages", "late_messages")
         wanted = {(f"outbox_relay_{name}_total", ()): 1.0 for name in names}
         eventually(lambda: wanted.items() <= scrape(port.number).items(), message=f"{wanted}")
 

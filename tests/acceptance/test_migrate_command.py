@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
 from outbox_relay.operate import migrate
+from tests.fixtures.daemon import outbox_relay
 
 if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
@@ -20,7 +20,7 @@ LINES = pytest.mark.parametrize(("options", "known"), [([], OUTBOX), (["--inbox"
 
 
 def run(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "outbox_relay", "migrate", *arguments]
+    command = outbox_relay("migrate", *arguments)
     environment = os.environ | {"OUTBOX_RELAY_DATABASE_URL": dsn, "OUTBOX_RELAY_SCHEMA": "shop"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -52,7 +52,18 @@ def test_json_has_the_same_facts_for_scripts(database: Database) -> None:
     assert (datetime.now(tz=UTC) - times[0]).total_seconds() < 60
 
 
-@pytest.mark.parametrize(("options", "line"), [([], "outbox"), (["--inbox"], "inbox")])
+def test_the_partitioned_layout_comes_on_top_of_the_outbox(database: Database) -> None:
+    refused = run(database.dsn, "apply", "--partitioned")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "there is no outbox yet. Run first: outbox-relay migrate apply" in refused.stderr
+    for options, known in (([], OUTBOX), (["--partitioned"], migrate.migrations("partitioned"))):
+        applied = run(database.dsn, "apply", *options)
+        assert (applied.returncode, applied.stdout) == (0, "".join(f"{migration} applied\n" for migration in known))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"), [([], "outbox"), (["--partitioned"], "partitioned"), (["--inbox"], "inbox")]
+)
 def test_sql_prints_the_script_without_a_database(options: list[str], line: str) -> None:
     printed = run("host=127.0.0.1 port=1", "sql", "--after", "1", "--schema", "sales", *options)
     assert (printed.returncode, printed.stdout) == (0, migrate.sql(schema="sales", line=line, after=1))

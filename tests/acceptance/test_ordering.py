@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from outbox_relay.sandbox.history import History, Outcome, judge
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages, insert_messages
 from tests.fixtures.pipeline import flaws
 from tests.fixtures.waiting import eventually
@@ -44,7 +44,7 @@ def committed(writes: list[Write]) -> list[Write]:
 
 def open_writers(pipeline: Pipeline) -> list[OpenTransaction]:
     """Who holds the horizon, by `outbox-relay status --json`."""
-    command = [sys.executable, "-m", "outbox_relay", "status", "--json"]
+    command = outbox_relay("status", "--json")
     environment = os.environ | pipeline.environment()
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     return cast("list[OpenTransaction]", json.loads(finished.stdout)["writers"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from outbox_relay.sandbox.history import Outcome
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import new_write, payload_of
 from tests.fixtures.outbox import insert
 from tests.fixtures.pipeline import Pipeline
@@ -39,7 +39,7 @@ class Operator:
         self._environment = os.environ | {"OUTBOX_RELAY_DATABASE_URL": dsn}
 
     def run(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "outbox_relay", "parked", *arguments]
+        command = outbox_relay("parked", *arguments)
         return subprocess.run(
             command,
             env=self._environment,
@@ -74,7 +74,7 @@ def parked(database: Database) -> Database:
             SET parked_at = '2026-11-21 12:00:00Z',
                 parked_reason = CASE
                     WHEN id IN (1, 4) THEN 'MSG_SIZE_TOO_LARGE: 5 bytes'
-                    ELSE 'behind parked message 1 of the same key'
+                    ELSE 'behind_parked: an earlier message of the key is parked'
                 END
             """
         )

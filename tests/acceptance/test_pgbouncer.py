@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages
 from tests.fixtures.pgbouncer import pooled
 from tests.fixtures.pipeline import flaws
@@ -57,7 +57,7 @@ def test_the_commands_work_behind_it(pipeline: Pipeline, pooled_dsn: str, argume
     with pipeline.database.connect() as writer:
         commit_messages(writer, "order-1")
     finished = subprocess.run(
-        [sys.executable, "-m", "outbox_relay", *arguments],
+        outbox_relay(*arguments),
         env=os.environ | pipeline.environment(database_url=pooled_dsn),
         capture_output=True,
         text=True,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from outbox_relay.operate import migrate
 from outbox_relay.sandbox.history import State
 from outbox_relay.sandbox.ports import ReservedPort
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages
 from tests.fixtures.pipeline import flaws
 from tests.fixtures.postgres import login
@@ -21,6 +22,8 @@ from tests.fixtures.probes import ask
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
+    from psycopg import Connection
+
     from tests.fixtures.pipeline import Pipeline
     from tests.fixtures.postgres import Database
 
@@ -38,7 +41,7 @@ VALUES ('order', 'order-1', 'placed', now() - interval '9 days', now() - interva
 def prune(database_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_RELAY_")}
     return subprocess.run(
-        [sys.executable, "-m", "outbox_relay", "prune", *arguments],
+        outbox_relay("prune", *arguments),
         env=environment | {"OUTBOX_RELAY_DATABASE_URL": database_url},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -75,6 +78,31 @@ def test_pruning_beside_relays_and_writers_loses_nothing(pipeline: Pipeline) -> 
             assert relay.wait() == 0
     assert pipeline.states() == [State.PARKED]
     assert flaws(pipeline.judge(load.writes)) == {}
+
+
+@pytest.mark.kafka
+@pytest.mark.slow
+def test_an_outbox_is_partitioned_and_partitions_come_and_go_beside_relays_and_writers(pipeline: Pipeline) -> None:
+    plan = Plan(writers=4, bulk_rows=100)
+    with pipeline.database.connect(autocommit=True) as admin, pipeline.relays(2, retention="1s") as relays:
+        with pipeline.load(plan) as load:
+            load.await_more(1_000)
+            migrate.apply(admin, schema="public", line="partitioned")
+            admin.execute("UPDATE outbox_partition SET open_for = '1 second'")
+            load.await_more(1_000)
+            eventually(lambda: first_partition(admin) > 0, timeout=60, message="the first partition is not dropped")
+            load.await_more(2_000)
+        pipeline.await_settled()
+        eventually(lambda: count(pipeline.database) == 0, timeout=60, message="published messages are kept")
+        for relay in relays:
+            relay.terminate()
+            assert relay.wait() == 0
+    assert flaws(pipeline.judge(load.writes)) == {}
+
+
+def first_partition(admin: Connection) -> int:
+    [(number,)] = admin.execute("SELECT min(number) FROM outbox_partition").fetchall()
+    return int(number)
 
 
 @pytest.mark.kafka

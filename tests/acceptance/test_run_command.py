@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +12,7 @@ from psycopg.conninfo import make_conninfo
 
 from outbox_relay.sandbox.history import State
 from outbox_relay.sandbox.ports import ReservedPort
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import commit_messages, insert_messages
 from tests.fixtures.pipeline import flaws
 
@@ -32,7 +32,7 @@ VALUES ('order', 'order-3', 'happened', '{"attempt": 3}')
 
 
 def run(pipeline: Pipeline, *arguments: str, **settings: str | float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "outbox_relay", "run", *arguments]
+    command = outbox_relay("run", *arguments)
     environment = os.environ | pipeline.environment(**settings)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 

@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.outbox import insert
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.postgres import Database
 
-COMMAND = (sys.executable, "-m", "outbox_relay", "status")
+COMMAND = outbox_relay("status")
 
 
 def environment(database: Database) -> dict[str, str]:

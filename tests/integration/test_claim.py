@@ -14,6 +14,7 @@ from outbox_relay.errors import DatabaseConflict, DatabaseUnavailable
 from outbox_relay.relay.claim import Batch, ClaimOptions, Floors, claim
 from outbox_relay.relay.settle import Parked, Settlement, settle
 from tests.fixtures.outbox import insert
+from tests.fixtures.postgres import both_layouts
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from outbox_relay.relay.message import Message
     from tests.fixtures.postgres import Database
 
-pytestmark = pytest.mark.every_postgres
+pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 SHARD_OF = {"1": 1, "2": 2, "7": 13}  # of the type "order"
 GATE = 4711  # an advisory lock

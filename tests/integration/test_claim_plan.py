@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from outbox_relay import database as relay_database
 from outbox_relay.relay.claim import SHARDS, ClaimOptions, Floors, begin_statement, claim_parameters
 from outbox_relay.sql import statement
+from tests.fixtures.postgres import both_layouts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.postgres import Database
 
-pytestmark = pytest.mark.every_postgres
+pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 BATCH = 1000
 CLAIM_INDEXES = {"outbox_unpublished_idx", "outbox_parked_idx"}  # the second to see that no key is parked
@@ -29,11 +31,21 @@ INSERT = """
 """
 
 
+# The indexes that scans of messages can use, those of partitions under the name of the whole outbox's.
+SELECT_INDEXES = """
+    SELECT indexrelid::regclass::text, coalesce(inhparent, indexrelid)::regclass::text
+    FROM pg_index
+    LEFT JOIN pg_inherits ON inhrelid = indexrelid
+    WHERE indrelid::regclass::text LIKE 'outbox%'
+"""
+
+
 class Plan:
     """One claim's plan, with what it really read."""
 
-    def __init__(self, root: dict[str, object]) -> None:
+    def __init__(self, root: dict[str, object], *, indexes: dict[object, str]) -> None:
         self._root = root
+        self._indexes = indexes
 
     @property
     def rows(self) -> int:
@@ -48,7 +60,7 @@ class Plan:
     @property
     def indexes_of_messages(self) -> set[object]:
         """Through what messages are found; a table scanned without an index is None."""
-        return {node.get("Index Name") for node in self._scans_of_messages()}
+        return {self._indexes.get(node.get("Index Name")) for node in self._scans_of_messages()}
 
     @property
     def messages_read(self) -> int:
@@ -59,7 +71,7 @@ class Plan:
         )
 
     def _scans_of_messages(self) -> Iterator[dict[str, object]]:
-        return (node for node in nodes(self._root) if node.get("Relation Name") == "outbox")
+        return (node for node in nodes(self._root) if re.fullmatch(r"outbox(_p\d+)?", str(node.get("Relation Name"))))
 
 
 def nodes(root: dict[str, object]) -> Iterator[dict[str, object]]:
@@ -95,7 +107,7 @@ def explained_claim(lane: Connection, *, floors: Floors) -> Plan:
     explain = b"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + statement("claim", schema="public")
     [([explained],)] = lane.execute(explain, parameters).fetchall()
     lane.rollback()
-    return Plan(explained["Plan"])
+    return Plan(explained["Plan"], indexes=dict(lane.execute(SELECT_INDEXES).fetchall()))
 
 
 def everything_settled_through(settled_through: int) -> Floors:

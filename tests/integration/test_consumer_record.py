@@ -36,6 +36,23 @@ HEADERS: Headers = [
     ("source", b"shop.public"),
     ("content-type", b"application/json"),
 ]
+CLOUDEVENT_HEADERS: Headers = [
+    ("ce_specversion", b"1.0"),
+    ("ce_id", ID.encode()),
+    ("ce_source", b"shop.public"),
+    ("ce_type", b"order_placed"),
+    ("ce_subject", "käse".encode()),
+    ("ce_time", b"2026-11-21T05:00:00.123Z"),
+    ("ce_aggregatetype", b"order"),
+    ("ce_sequence", b"0000000000000000042"),
+    ("content-type", b"application/json"),
+]
+
+
+def as_text(headers: Headers) -> dict[str, str]:
+    return {name: value.decode() for name, value in headers if isinstance(value, bytes)}
+
+
 EXPECTED = Message(
     message_id=UUID(ID),
     source="shop.public",
@@ -44,7 +61,7 @@ EXPECTED = Message(
     event_type="order_placed",
     key="käse",
     payload=b"{}",
-    headers={str(name): value.decode() for name, value in HEADERS if isinstance(value, bytes)},
+    headers=as_text(HEADERS),
     created_at=datetime(2026, 11, 21, 5, 0, 0, 123_000, tzinfo=UTC),
     topic="order.events",
     partition=3,
@@ -105,8 +122,43 @@ def test_a_record_becomes_a_message(record: Callable[..., Record]) -> None:
 
 
 @both_clients
+def test_a_cloudevent_becomes_the_same_message_but_for_its_headers(record: Callable[..., Record]) -> None:
+    assert message_from(record(headers=CLOUDEVENT_HEADERS)) == replace(EXPECTED, headers=as_text(CLOUDEVENT_HEADERS))
+
+
+@both_clients
+def test_the_attribute_unordered_makes_a_message_unordered(record: Callable[..., Record]) -> None:
+    assert message_from(record(headers=[*CLOUDEVENT_HEADERS, ("ce_unordered", b"1")])).is_unordered
+
+
+@both_clients
+@pytest.mark.parametrize("name", ["ce_id", "ce_source", "ce_type", "ce_aggregatetype", "ce_sequence"])
+def test_a_cloudevent_of_another_producer_is_foreign(record: Callable[..., Record], name: str) -> None:
+    headers = [header for header in CLOUDEVENT_HEADERS if header[0] != name]
+    with pytest.raises(ForeignRecord, match=f'not written by a relay: it has no header "{name}"'):
+        message_from(record(headers=headers))
+
+
+@both_clients
 def test_a_tombstone_has_no_payload(record: Callable[..., Record]) -> None:
     assert message_from(record(value=None)) == replace(EXPECTED, payload=None)
+
+
+@both_clients
+@pytest.mark.parametrize(
+    ("headers", "replay"),
+    [
+        (HEADERS, None),
+        ([*HEADERS, ("replay", b"june")], "june"),
+        (CLOUDEVENT_HEADERS, None),
+        ([*CLOUDEVENT_HEADERS, ("ce_replay", b"june")], "june"),
+    ],
+    ids=["native", "native replay", "cloudevent", "cloudevent replay"],
+)
+def test_the_header_replay_names_the_replay(
+    record: Callable[..., Record], headers: Headers, replay: str | None
+) -> None:
+    assert message_from(record(headers=headers)).replay == replay
 
 
 @both_clients

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
 
 PAGE = (Path(__file__).parents[2] / "docs" / "consuming.md").read_text(encoding="utf-8")
-PSYCOPG, SQLALCHEMY, ASYNC_SQLALCHEMY, DJANGO, BATCHES, ONCE, PRUNING = re.findall(
+PSYCOPG, SQLALCHEMY, ASYNC_SQLALCHEMY, DJANGO, BATCHES, ONCE, PRUNING, METRICS = re.findall(
     r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL
 )
 PARTITIONING, DROPPING = re.findall(r"^```sql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -110,6 +110,19 @@ with psycopg.connect(DATABASE_URL) as connection:
     assert [consume_with_result(connection, second) for _ in range(2)] == [{"charged": "1"}] * 2
 """
 
+USE_METRICS = """
+import psycopg
+from prometheus_client import REGISTRY
+with psycopg.connect(DATABASE_URL) as connection:
+    consume_and_count(connection, RECORDS)
+    connection.commit()
+    prune_and_count(connection)
+name, labels = "outbox_consumer_messages_total", {"consumer": "billing"}
+assert REGISTRY.get_sample_value(name, labels | {"outcome": "processed"}) == 2
+assert REGISTRY.get_sample_value(name, labels | {"outcome": "duplicate"}) == 1
+assert REGISTRY.get_sample_value("outbox_consumer_pruned_messages_total", labels) == 0
+"""
+
 
 @pytest.fixture
 def url(inbox_database: Database, consumer_login: str) -> str:
@@ -139,8 +152,9 @@ def run(url: str, *parts: str) -> str:
         (SET_UP_DJANGO, RECORDS, DJANGO, USE_DJANGO),
         (RECORDS, BATCHES, USE_BATCHES),
         (RECORDS, ONCE, USE_ONCE),
+        (RECORDS, METRICS, USE_METRICS),
     ],
-    ids=["psycopg", "sqlalchemy", "sqlalchemy-asyncio", "django", "batches", "once"],
+    ids=["psycopg", "sqlalchemy", "sqlalchemy-asyncio", "django", "batches", "once", "metrics"],
 )
 def test_of_two_messages_and_a_redelivery_a_snippet_makes_two_effects(
     inbox_database: Database, url: str, parts: tuple[str, ...]

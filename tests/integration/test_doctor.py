@@ -11,6 +11,7 @@ from outbox_relay.operate.doctor import examine as examination
 from outbox_relay.operate.doctor.examine import Subject, examine
 from outbox_relay.relay.message import Addressing
 from tests.fixtures.outbox import insert
+from tests.fixtures.postgres import both_layouts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -56,6 +57,7 @@ def not_ok(subject: Subject) -> dict[str, str]:
     return {check.name: check.finding for check in examine(subject) if check.status != "OK"}
 
 
+@both_layouts
 @pytest.mark.every_postgres
 def test_a_migrated_database_passes_every_check_it_can_be_seen_to_pass(
     admin: Connection, subject: Subject, relay_login: str
@@ -65,12 +67,36 @@ def test_a_migrated_database_passes_every_check_it_can_be_seen_to_pass(
     assert not_ok(subject) == {}
 
 
+@both_layouts
 @pytest.mark.every_postgres
 def test_a_claim_without_its_index_is_not_planned_through_it(admin: Connection, subject: Subject) -> None:
     admin.execute("DROP INDEX outbox_unpublished_idx")
     checks = by_name(examine(subject))
     assert checks["index outbox_unpublished_idx"].finding == "is missing"
     assert checks["plan of the claim"].status == "FAIL"
+
+
+@pytest.mark.every_postgres
+@pytest.mark.parametrize("layout", ["partitioned"])
+def test_each_partition_is_examined_and_what_mends_it_works(admin: Connection, subject: Subject) -> None:
+    admin.execute("ALTER TABLE outbox_p3 SET (autovacuum_enabled = off)")
+    admin.execute("UPDATE outbox_partition SET opened_at = now() - interval '2 days' WHERE closed_at IS NULL")
+    checks = by_name(examine(subject))
+    assert checks["autovacuum"].finding == "off for public.outbox_p3"
+    assert checks["partitions"].finding.startswith("the next one should have been opened 24 h ago: ")
+    for check in (checks["autovacuum"], checks["partitions"], checks["partitions"]):
+        admin.execute(check.remedy.encode())
+    mended = by_name(examine(subject))
+    assert mended["autovacuum"].status == "OK"
+    assert mended["partitions"].finding == "11, of them ahead: 2"
+
+
+@pytest.mark.every_postgres
+@pytest.mark.parametrize("layout", ["partitioned"])
+def test_an_index_that_the_partitions_lost_comes_back_by_its_remedy(admin: Connection, subject: Subject) -> None:
+    admin.execute("DROP INDEX outbox_parked_idx")
+    admin.execute(by_name(examine(subject))["index outbox_parked_idx"].remedy.encode())
+    assert by_name(examine(subject))["index outbox_parked_idx"].status == "OK"
 
 
 @pytest.mark.every_postgres
@@ -86,6 +112,7 @@ def test_transactions_are_long_from_the_given_age_on(
         assert impatient["horizon"].status == "OK"
 
 
+@both_layouts
 @pytest.mark.every_postgres
 def test_aggregate_types_are_looked_for_among_the_newest_messages_and_those_that_wait(
     admin: Connection, subject: Subject, monkeypatch: pytest.MonkeyPatch

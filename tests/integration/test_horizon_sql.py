@@ -12,7 +12,7 @@ from outbox_relay.errors import DatabaseUnavailable, SchemaMismatch
 from outbox_relay.relay.claim import ClaimOptions, Floors, claim
 from outbox_relay.relay.horizon import describe, list_writers, observe, read_last_no, record_unordered
 from tests.fixtures.outbox import insert
-from tests.fixtures.postgres import create_database, drop_database
+from tests.fixtures.postgres import both_layouts, create_database, drop_database
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.postgres import Database
 
-pytestmark = pytest.mark.every_postgres
+pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 
 @pytest.fixture

@@ -59,7 +59,9 @@ def states(conn: Connection) -> list[tuple[int, str, str]]:
 @pytest.mark.every_postgres
 def test_apply_creates_the_schema_and_its_tables(conn: Connection) -> None:
     assert migrate.apply(conn, schema=SCHEMA) == ALL
-    assert tables(conn) == {"outbox", "outbox_audit", "outbox_shard", "outbox_unordered", "outbox_relay_migration"}
+    assert tables(conn) == {
+        *("outbox", "outbox_audit", "outbox_replay", "outbox_shard", "outbox_unordered", "outbox_relay_migration")
+    }
 
 
 @pytest.mark.every_postgres

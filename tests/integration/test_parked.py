@@ -15,9 +15,10 @@ from outbox_relay import database as relay_database
 from outbox_relay.errors import DatabaseConflict, InvalidMessage, OperationRefused, SchemaMismatch
 from outbox_relay.operate.parked import MOST_COUNTED, Change, Note, ParkedKey, ParkedMessages, Selection, Skipped
 from outbox_relay.relay.claim import ClaimOptions, Floors, claim
+from outbox_relay.relay.failures import BEHIND_PARKED
 from outbox_relay.relay.settle import Parked, Settlement, settle
 from tests.fixtures.outbox import insert
-from tests.fixtures.postgres import login
+from tests.fixtures.postgres import both_layouts, login
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ if TYPE_CHECKING:
 
     from tests.fixtures.postgres import Database
 
-pytestmark = pytest.mark.every_postgres
+pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 TOO_LARGE = "MSG_SIZE_TOO_LARGE: 1,200,000 bytes"
-BEHIND = "behind parked message 1 of the same key"
-BEHIND_LATER = "behind_parked: an earlier message of the key is parked"
+BEHIND = BEHIND_PARKED.text
 SHARD_OF = {"1": 1, "2": 2, "7": 13}  # of the type "order"
 MAX_BYTES = 1_000_000
 
@@ -77,7 +77,7 @@ def park(writer: Connection, *, reasons: dict[int, str]) -> None:
 def park_a_key(writer: Connection, key: str = "7") -> None:
     """Three messages of one key: the first is guilty, two wait behind it."""
     first, second, third = insert(writer, key, key, key)
-    park(writer, reasons={first: TOO_LARGE, second: BEHIND, third: BEHIND_LATER})
+    park(writer, reasons={first: TOO_LARGE, second: BEHIND, third: BEHIND})
 
 
 def claimable(lane: Connection, *, floors: Floors | None = None) -> list[tuple[int, bool]]:
@@ -109,7 +109,7 @@ def test_the_list_has_the_guilty_messages_oldest_first_and_how_many_wait(
 def test_the_list_has_those_that_wait_when_asked(operator: ParkedMessages, writer: Connection) -> None:
     park_a_key(writer)
     lines = [(each.id, each.is_guilty, each.reason) for each in operator.find(Selection(), with_waiting=True)]
-    assert lines == [(1, True, TOO_LARGE), (2, False, BEHIND), (3, False, BEHIND_LATER)]
+    assert lines == [(1, True, TOO_LARGE), (2, False, BEHIND), (3, False, BEHIND)]
 
 
 def test_the_first_of_a_key_is_listed_although_the_guilty_one_is_gone(
@@ -157,7 +157,7 @@ def test_counting_those_that_wait_stops_at_its_limit(operator: ParkedMessages, w
         """,
         [MOST_COUNTED + 2],
     )
-    writer.execute("UPDATE outbox SET parked_at = now(), parked_reason = 'behind parked message 1'")
+    writer.execute("UPDATE outbox SET parked_at = now(), parked_reason = %s", [BEHIND])
     park(writer, reasons={1: TOO_LARGE})
     assert [each.waiting for each in operator.find(Selection())] == [MOST_COUNTED]
 
@@ -343,7 +343,7 @@ def test_a_shard_that_a_relay_holds_is_waited_for_and_what_it_parks_is_released_
     releasing = threading.Thread(target=operator.release, args=[keys], kwargs={"note": Note(), "are_overtaken": False})
     releasing.start()
     eventually(lambda: waits_for_lock(writer), message="the release does not wait")
-    settle(lane, schema="public", settlement=Settlement(parked=[Parked(newcomer, BEHIND_LATER)]), mode="mark")
+    settle(lane, schema="public", settlement=Settlement(parked=[Parked(newcomer, BEHIND)]), mode="mark")
     releasing.join(30)
     assert claimable(lane) == [(1, False), (2, False), (3, False), (4, False)]
 

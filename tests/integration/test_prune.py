@@ -19,7 +19,7 @@ from outbox_relay.operate.prune import Pruned, count_prunable, prune
 from outbox_relay.relay import prune as stage
 from outbox_relay.relay.prune import PrunedBatch, PruneOptions, prune_batch, prune_unordered
 from outbox_relay.sql import statement
-from tests.fixtures.postgres import login
+from tests.fixtures.postgres import both_layouts, login
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def prune_all(pruner: Connection, options: PruneOptions = OPTIONS) -> int:
     return prune(pruner, options=options, on_batch=lambda _removed: None).messages
 
 
+@both_layouts
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("messages", [1, 2, 100])
 def test_only_what_was_published_longer_ago_than_it_is_kept_is_removed(
@@ -112,6 +113,7 @@ def test_only_what_was_published_longer_ago_than_it_is_kept_is_removed(
     assert ids(admin) == unpublished + parked + published_late + neither_nor + young
 
 
+@both_layouts
 def test_a_dry_run_counts_what_would_be_removed_and_removes_nothing(admin: Connection, pruner: Connection) -> None:
     add(admin, 250, published=8)
     add(admin, 250, created=1, published=1)
@@ -127,6 +129,7 @@ def test_progress_is_told_after_each_batch(admin: Connection, pruner: Connection
     assert told == [100, 200, 250]
 
 
+@both_layouts
 def test_the_walk_passes_by_any_number_of_messages_that_stay(admin: Connection, pruner: Connection) -> None:
     add(admin, 350, created=30, parked=20)
     add(admin, 350, created=30)
@@ -135,6 +138,7 @@ def test_the_walk_passes_by_any_number_of_messages_that_stay(admin: Connection, 
     assert prune_all(pruner) == 5
 
 
+@both_layouts
 def test_a_date_that_a_writer_gave_does_not_stop_the_walk(admin: Connection, pruner: Connection) -> None:
     add(admin, 150, created=-3, parked=0)
     add(admin, 350, created=3, published=8)
@@ -179,7 +183,13 @@ def test_one_batch_at_the_edge_reads_no_more_than_its_messages(admin: Connection
 
 def explained(pruner: Connection, query: bytes, *, after: int) -> dict[str, object]:
     """Run *query* as a batch does, and give its plan with what it read."""
-    parameters = {"after": after, "through": after + 500, "messages": 100, "older_than_seconds": 7 * DAYS}
+    parameters = {
+        "after": after,
+        "before": 10**9,
+        "through": after + 500,
+        "messages": 100,
+        "older_than_seconds": 7 * DAYS,
+    }
     pruner.execute(stage.begin_statement(OPTIONS))
     explain = b"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + query
     [([found],)] = psycopg.ClientCursor(pruner).execute(explain, parameters).fetchall()
@@ -197,6 +207,7 @@ def nodes(root: dict[str, object]) -> Iterator[dict[str, object]]:
         yield from nodes(child)
 
 
+@both_layouts
 def test_only_one_prunes_at_a_time_and_the_lock_dies_with_its_transaction(
     database: Database, admin: Connection, pruner: Connection
 ) -> None:
@@ -219,6 +230,7 @@ def test_outboxes_of_other_schemas_are_pruned_at_the_same_time(
         assert prune_batch(pruner, options=OPTIONS, after=0) is not None
 
 
+@both_layouts
 def test_pruners_side_by_side_remove_each_message_once(database: Database, admin: Connection) -> None:
     add(admin, 3_000, published=8)
     kept = add(admin, 50, created=30) + add(admin, 50, created=30, parked=9)
@@ -233,6 +245,7 @@ def test_pruners_side_by_side_remove_each_message_once(database: Database, admin
     assert ids(admin) == kept
 
 
+@both_layouts
 def test_a_message_that_was_taken_back_meanwhile_stays(
     database: Database, admin: Connection, pruner: Connection
 ) -> None:
@@ -247,6 +260,7 @@ def test_a_message_that_was_taken_back_meanwhile_stays(
     assert ids(admin) == [taken_back]
 
 
+@both_layouts
 def test_a_lock_of_somebody_else_is_waited_for_no_longer_than_agreed(
     database: Database, admin: Connection, pruner: Connection
 ) -> None:
@@ -258,6 +272,7 @@ def test_a_lock_of_somebody_else_is_waited_for_no_longer_than_agreed(
     assert ids(admin) == kept
 
 
+@both_layouts
 def test_writers_do_not_wait_for_a_batch(database: Database, admin: Connection, pruner: Connection) -> None:
     add(admin, 5, published=8)
     pruner.execute(stage.begin_statement(OPTIONS))
@@ -315,6 +330,7 @@ class Overtaken:
         return [int(row[0]) for row in found.fetchall()]
 
 
+@both_layouts
 @pytest.mark.parametrize("role", ROLES)
 def test_the_record_of_an_overtaken_transaction_stays_while_a_message_needs_it(
     database: Database, overtaken: Overtaken, role: LiteralString
@@ -333,6 +349,7 @@ def test_the_record_of_an_overtaken_transaction_stays_while_a_message_needs_it(
         assert overtaken.recorded() == [unpublished, parked, young, running]
 
 
+@both_layouts
 def test_the_record_of_a_prepared_transaction_stays(own_database: Database) -> None:
     with own_database.connect(autocommit=True) as admin, Overtaken(own_database, admin) as overtaken:
         xid = overtaken.begin()
@@ -345,6 +362,7 @@ def test_the_record_of_a_prepared_transaction_stays(own_database: Database) -> N
         assert prune_unordered(admin, options=OPTIONS) == 1
 
 
+@both_layouts
 def test_records_stay_while_too_many_messages_are_open_to_be_searched(
     admin: Connection, pruner: Connection, overtaken: Overtaken, monkeypatch: pytest.MonkeyPatch
 ) -> None:

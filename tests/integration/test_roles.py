@@ -22,6 +22,10 @@ AUDIT: LiteralString = """
     VALUES ('release', 1, gen_random_uuid(), 'order', '1', 1)
 """
 
+REPLAY: LiteralString = """
+    INSERT INTO outbox_replay (name, why, selection, published_before) VALUES ('again', 'a bug', '{}', now())
+"""
+
 # Every privilege that is effective on anything in the schema; a column's only where the whole table's is not.
 PRIVILEGES: LiteralString = """
     WITH thing AS (
@@ -96,7 +100,17 @@ EXPECTED = {
         "outbox UPDATE parked_reason",
         "outbox_shard SELECT",
         "outbox_shard UPDATE generation",
+        "outbox_unordered SELECT",
         "outbox_unordered INSERT transaction_id",
+        "outbox_replay SELECT",
+        "outbox_replay INSERT name",
+        "outbox_replay INSERT operator",
+        "outbox_replay INSERT why",
+        "outbox_replay INSERT selection",
+        "outbox_replay INSERT published_before",
+        "outbox_replay UPDATE messages",
+        "outbox_replay UPDATE reached_no",
+        "outbox_replay UPDATE finished_at",
         "outbox_audit SELECT",
         "outbox_audit INSERT action",
         "outbox_audit INSERT operator",
@@ -148,6 +162,8 @@ ALLOWED: dict[str, list[LiteralString]] = {
         "INSERT INTO outbox_unordered (transaction_id) VALUES ('7') ON CONFLICT DO NOTHING",
         AUDIT,
         "SELECT * FROM outbox_audit",
+        REPLAY,
+        "UPDATE outbox_replay SET messages = 1, reached_no = 1, finished_at = now() WHERE name = 'again'",
     ],
 }
 
@@ -205,6 +221,9 @@ REFUSED: dict[str, list[LiteralString]] = {
         "UPDATE outbox_audit SET why = NULL",
         "DELETE FROM outbox_audit",
         "TRUNCATE outbox_audit",
+        REPLAY.replace("(name", "(session_role, name").replace("VALUES (", "VALUES ('somebody', "),
+        "UPDATE outbox_replay SET why = 'another'",
+        "DELETE FROM outbox_replay",
         "CREATE TABLE mine ()",
     ],
 }

@@ -13,7 +13,7 @@ from psycopg import errors
 
 from outbox_relay.operate import migrate
 from outbox_relay.sandbox.postgres import installed_servers
-from tests.fixtures.postgres import create_database, drop_database
+from tests.fixtures.postgres import both_layouts, create_database, drop_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,6 +68,7 @@ def copy(conn: Connection) -> None:
             rows.write_row(("order", "1", "placed"))
 
 
+@both_layouts
 @pytest.mark.every_postgres
 @pytest.mark.parametrize("write", [insert_one_by_one, insert_values, insert_select, copy])
 def test_a_writer_has_its_transaction_id_before_it_draws_a_number(
@@ -80,6 +81,7 @@ def test_a_writer_has_its_transaction_id_before_it_draws_a_number(
     assert notices == ["before 0", "after 1", "before 1", "after 2", "before 2", "after 3"]
 
 
+@both_layouts
 @pytest.mark.every_postgres
 def test_messages_carry_the_top_level_transaction_id_even_from_a_savepoint(conn: Connection) -> None:
     with conn.transaction():
@@ -93,6 +95,7 @@ def test_messages_carry_the_top_level_transaction_id_even_from_a_savepoint(conn:
     assert found == [(own, 9)]
 
 
+@both_layouts
 @pytest.mark.every_postgres
 @pytest.mark.parametrize("column", ["sequence_no", "id"])
 def test_even_the_owner_cannot_insert_a_number_of_his_own(conn: Connection, column: LiteralString) -> None:
@@ -102,6 +105,7 @@ def test_even_the_owner_cannot_insert_a_number_of_his_own(conn: Connection, colu
         )
 
 
+@both_layouts
 @pytest.mark.every_postgres
 def test_sessions_draw_numbers_one_at_a_time(database: Database) -> None:
     with database.connect(autocommit=True) as one, database.connect(autocommit=True) as two:
@@ -124,6 +128,7 @@ def test_no_unique_index_has_the_sequence_number(conn: Connection) -> None:
     assert indexes == [("outbox_parked_idx", False), ("outbox_unpublished_idx", False)]
 
 
+@both_layouts
 @pytest.mark.every_postgres
 def test_the_shard_is_the_same_on_every_version_and_depends_on_type_and_id(conn: Connection) -> None:
     keys = [("order", "1"), ("order", "2"), ("basket", "1"), ("bestellung", "ä"), ("order", "1")]
@@ -158,12 +163,13 @@ def dump(database: Database) -> str:
     return re.sub(r"\n{2,}", "\n\n", re.sub(r"(?m)^(--|\\|SET |SELECT pg_catalog.set_config).*\n", "", text)).lstrip()
 
 
-@pytest.mark.parametrize("line", ["outbox", "inbox"])
-def test_the_committed_dump_shows_what_the_migrations_make(bare_database: Database, line: str) -> None:
+@pytest.mark.parametrize("lines", [["outbox"], ["outbox", "partitioned"], ["inbox"]], ids=lambda lines: lines[-1])
+def test_the_committed_dump_shows_what_the_migrations_make(bare_database: Database, lines: list[str]) -> None:
     with bare_database.connect() as conn:
-        migrate.apply(conn, schema="app", line=line)
+        for line in lines:
+            migrate.apply(conn, schema="app", line=line)
     actual = dump(bare_database)
-    committed = MIGRATIONS / f"{line}.schema.sql"
+    committed = MIGRATIONS / f"{lines[-1]}.schema.sql"
     if os.environ.get("RELAY_TEST_RENEW_SCHEMA") == "1":
         committed.write_text(actual)
     assert committed.read_text() == actual, "a migration changed the schema: run `make schema` and commit the dump"

@@ -12,6 +12,7 @@ from outbox_relay.errors import DatabaseUnavailable
 from outbox_relay.relay.claim import ClaimOptions, Floors, claim
 from outbox_relay.relay.settle import Parked, Settlement, SettleMode, settle
 from tests.fixtures.outbox import insert
+from tests.fixtures.postgres import both_layouts
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from outbox_relay.relay.message import Message
     from tests.fixtures.postgres import Database
 
-pytestmark = pytest.mark.every_postgres
+pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 
 @pytest.fixture

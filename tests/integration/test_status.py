@@ -11,6 +11,7 @@ from outbox_relay.errors import SchemaMismatch
 from outbox_relay.operate.status import MOST_COUNTED, Status, read_status
 from outbox_relay.relay.claim import ClaimOptions, Floors, claim
 from tests.fixtures.outbox import insert
+from tests.fixtures.postgres import both_layouts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.postgres import Database
 
-pytestmark = pytest.mark.every_postgres
+pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 
 @pytest.fixture

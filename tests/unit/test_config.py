@@ -237,6 +237,20 @@ def test_times_that_contradict_each_other_are_refused(
     assert refused(monkeypatch, variables) == [f"{problem}: raise it, or lower the other"]
 
 
+def test_a_canary_that_may_not_be_published_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = {"ALLOWED_TOPICS": '["order.events"]'}
+    assert refused(monkeypatch, {**allowed, "CANARY_INTERVAL": "60"}) == [
+        "OUTBOX_RELAY_CANARY_INTERVAL: canaries go to outbox-relay-canary.events: add it to OUTBOX_RELAY_ALLOWED_TOPICS"
+    ]
+
+
+def test_a_canary_that_is_mapped_to_an_allowed_topic_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTBOX_RELAY_ALLOWED_TOPICS", '["health"]')
+    monkeypatch.setenv("OUTBOX_RELAY_TOPIC_MAP", '{"outbox-relay-canary": "health"}')
+    monkeypatch.setenv("OUTBOX_RELAY_CANARY_INTERVAL", "60")
+    assert load().settings.canary_interval == 60.0
+
+
 def test_a_message_timeout_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(monkeypatch, {"KAFKA__MESSAGE_TIMEOUT_MS": "long"}) == [
         "OUTBOX_RELAY_KAFKA__MESSAGE_TIMEOUT_MS: not a number of milliseconds: write a number such as 25000"

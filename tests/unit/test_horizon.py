@@ -145,6 +145,19 @@ def test_held_for_is_the_age_of_the_oldest_number_that_waits() -> None:
     assert horizon.held_for(now=4.0) == 3.0
 
 
+def test_blockers_are_those_who_are_awaited_for_longer_than_the_patience() -> None:
+    horizon = new_horizon()
+    horizon.observe(seen(10, 500, 501), now=0.0)
+    assert horizon.blockers(now=PATIENCE / 2) == 0
+    horizon.observe(seen(20, 500, 501, 502), now=0.1)
+    assert horizon.blockers(now=0.1) == 2
+    assert horizon.blockers(now=0.2) == 3
+    horizon.looked({501}, now=0.2, cost=0.0)
+    assert horizon.blockers(now=0.2) == 1
+    horizon.observe(seen(20), now=0.3)
+    assert horizon.blockers(now=0.3) == 0
+
+
 def test_a_number_below_the_horizon_starts_anew() -> None:
     horizon = new_horizon()
     horizon.observe(seen(1000), now=0.0)

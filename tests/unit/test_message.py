@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope
-from outbox_relay.relay.message import Addressing, Header, Prepared, Record, Unpublishable, prepare
+from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope, Unpublishable
+from outbox_relay.relay.message import Addressing, Prepared, Record, prepare
 from tests.fixtures.outbox import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from outbox_relay.relay.envelope import Header
     from outbox_relay.relay.failures import Outcome
     from outbox_relay.relay.message import Message, OnPoison
 

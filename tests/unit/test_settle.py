@@ -45,7 +45,7 @@ def test_a_refused_message_is_parked_with_the_brokers_words_and_its_successors_w
         published=[first, other],
         parked=[
             Parked(refused, "MSG_SIZE_TOO_LARGE: Broker: Message size too large"),
-            Parked(later, "behind parked message 2 of the same key"),
+            Parked(later, BEHIND_PARKED.text),
         ],
     )
 

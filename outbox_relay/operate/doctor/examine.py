@@ -18,8 +18,8 @@ from outbox_relay.operate.doctor import kafka, postgres
 from outbox_relay.operate.doctor.check import Check
 from outbox_relay.operate.status import open_writers
 from outbox_relay.relay.claim import ClaimOptions, Floors, begin_statement, claim_parameters
+from outbox_relay.relay.failures import Unpublishable
 from outbox_relay.relay.horizon import OpenTransaction
-from outbox_relay.relay.message import Unpublishable
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class _Questions:
         for name, checks in (
             ("schema version", self._migration_checks),
             ("index", self._index_checks),
+            ("partitions", self._partition_checks),
             ("vacuum", self._vacuum_checks),
             ("transactions", self._transaction_checks),
             ("topics", self._look_for_aggregate_types),
@@ -149,6 +150,12 @@ class _Questions:
         yield from postgres.check_indexes(found, schema=self._schema)
         yield postgres.check_plan(self._plan(), found=found, schema=self._schema)
 
+    def _partition_checks(self) -> Iterator[Check]:
+        [(is_partitioned,)] = self._fetch("partition_exists", {})
+        if is_partitioned:
+            [found] = self._rows(postgres.Partitions, "doctor_partitions")
+            yield postgres.check_partitions(found, schema=self._schema)
+
     def _vacuum_checks(self) -> Iterator[Check]:
         tables = self._rows(postgres.Table, "doctor_tables")
         yield postgres.check_autovacuum(tables, server=self._server)
@@ -161,6 +168,7 @@ class _Questions:
         writers = open_writers(self._connection, schema=self._schema)
         yield postgres.check_prepared(long)
         yield postgres.check_long_transactions(long, server=self._server)
+        yield postgres.check_slots(self._rows(postgres.Slot, "doctor_slots"))
         yield postgres.check_horizon(writers, ordering_timeout=self._subject.ordering_timeout)
 
     def _look_for_aggregate_types(self) -> Iterable[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _OLDEST_VERSION, _NEWEST_VERSION = 14, 18
 _MOST_CLOCK_SECONDS = 5.0
+_MOST_OVERDUE_SECONDS = 3600.0
+_MESSAGES = re.compile(r"outbox(_p\d+)?")  # the table, or its partitions
 _MANY_DEAD_TUPLES = 100_000
 _MANY_BYTES = 100 * 2**30
 _FAILSAFE_AGE = 1_600_000_000  # where vacuum drops everything else; at 2^31 the server takes no more writes
@@ -74,13 +77,33 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Slot:
+    """The columns of `doctor_slots.sql`: a replication slot that nobody reads."""
+
+    slot_name: str
+    kept_bytes: float
+    held_transactions: int
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
-    """The columns of `doctor_indexes.sql`; `definition` is what follows USING."""
+    """The columns of `doctor_indexes.sql`; `definition` is what follows USING, `parts` are the partitions' indexes."""
 
     name: str
     is_primary: bool
     is_valid: bool
     definition: str
+    is_partitioned: bool = False
+    parts: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """The columns of `doctor_partitions.sql`; below 0 the open partition is in its time."""
+
+    partitions: int
+    ahead: int
+    overdue_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,17 +248,18 @@ def check_migrations(states: Sequence[MigrationState], *, schema: str) -> Check:
 def check_indexes(found: Sequence[Index], *, schema: str) -> Iterator[Check]:
     """Is each index there, valid, and over what it should be?"""
     by_name = {index.name: index for index in found}
+    concurrently = _concurrently(found)
     for name, definition in INDEXES.items():
         check = f"index {name}"
         index = by_name.get(name)
-        create = f"CREATE INDEX CONCURRENTLY {name} ON {_quoted(schema, 'outbox')} USING {definition};"
+        create = f"CREATE INDEX{concurrently} {name} ON {_quoted(schema, 'outbox')} USING {definition};"
         if index is None:
             yield Check(check, "FAIL", "is missing", create)
         elif not index.is_valid:
             remedy = f"REINDEX INDEX CONCURRENTLY {_quoted(schema, name)};"
             yield Check(check, "FAIL", "is invalid, no query uses it", remedy)
         elif index.definition != definition:
-            drop = f"DROP INDEX CONCURRENTLY {_quoted(schema, name)};"
+            drop = f"DROP INDEX{concurrently} {_quoted(schema, name)};"
             yield Check(check, "FAIL", f"is {index.definition}", f"{drop}\n{create}")
         else:
             yield Check(check, "OK", "is valid")
@@ -243,7 +267,9 @@ def check_indexes(found: Sequence[Index], *, schema: str) -> Iterator[Check]:
 
 def check_plan(plan: Mapping[str, object], *, found: Sequence[Index], schema: str) -> Check:
     """Does a claim find messages through the partial index, and not by reading those that are published?"""
-    used = {node.get("Index Name") for node in _nodes(plan) if node.get("Relation Name") == "outbox"}
+    whole = {part: index.name for index in found for part in index.parts}
+    scans = [node for node in _nodes(plan) if _MESSAGES.fullmatch(str(node.get("Relation Name")))]
+    used = {whole.get(str(node.get("Index Name")), node.get("Index Name")) for node in scans}
     if used <= INDEXES.keys():
         return Check("plan of the claim", "OK", "through outbox_unpublished_idx")
     usable = {index.name for index in found if index.is_valid}
@@ -252,10 +278,22 @@ def check_plan(plan: Mapping[str, object], *, found: Sequence[Index], schema: st
     others = [index for index in found if index.name in used - INDEXES.keys() and not index.is_primary]
     if others:
         finding = f"through {', '.join(index.name for index in others)}, and so reads published messages as well"
-        remedy = "\n".join(f"DROP INDEX CONCURRENTLY {_quoted(schema, index.name)};" for index in others)
+        drop = f"DROP INDEX{_concurrently(found)}"
+        remedy = "\n".join(f"{drop} {_quoted(schema, index.name)};" for index in others)
         return Check("plan of the claim", "FAIL", finding, remedy)
     finding = "reads published messages, because the statistics mislead the planner"
     return Check("plan of the claim", "FAIL", finding, f"ANALYZE {_quoted(schema, 'outbox')};")
+
+
+def check_partitions(found: Partitions, *, schema: str) -> Check:
+    """Does somebody open the next partition in time?"""
+    if found.overdue_seconds > _MOST_OVERDUE_SECONDS:
+        finding = (
+            f"the next one should have been opened {duration(found.overdue_seconds)} ago: neither a relay with a "
+            "retention nor `outbox-relay prune` has run since, or an older transaction is still open"
+        )
+        return Check("partitions", "WARN", finding, f"SELECT {_quoted(schema, 'outbox_open_partition')}();")
+    return Check("partitions", "OK", f"{found.partitions}, of them ahead: {found.ahead}")
 
 
 def check_autovacuum(tables: Collection[Table], *, server: Server) -> Check:
@@ -325,6 +363,19 @@ def check_long_transactions(transactions: Sequence[OpenTransaction], *, server: 
     return Check("long transactions", "OK", "none")
 
 
+def check_slots(slots: Sequence[Slot]) -> Check:
+    """Does a replication slot without a reader keep the log, and old rows, until the disk is full?"""
+    if not slots:
+        return Check("replication slots", "OK", "each is being read")
+    kept = "; ".join(
+        f"{slot.slot_name} keeps {slot.kept_bytes / 2**20:,.1f} MiB of log, and rows that died in the last"
+        f" {slot.held_transactions:,} transactions"
+        for slot in slots
+    )
+    remedy = "\n".join(f"SELECT pg_drop_replication_slot('{slot.slot_name}');" for slot in slots)
+    return Check("replication slots", "WARN", f"not read by anybody: {kept}", remedy)
+
+
 def check_horizon(writers: Sequence[OpenTransaction], *, ordering_timeout: float) -> Check:
     """Does a writer hold up the messages of everybody else?"""
     holders = [writer for writer in writers if writer.age_seconds > ordering_timeout]
@@ -337,6 +388,11 @@ def _nodes(plan: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     yield plan
     for child in cast("Sequence[Mapping[str, object]]", plan.get("Plans", ())):
         yield from _nodes(child)
+
+
+def _concurrently(found: Collection[Index]) -> str:
+    """Say it where PostgreSQL can: not of the index of a partitioned table."""
+    return "" if any(index.is_partitioned for index in found) else " CONCURRENTLY"
 
 
 def _quoted(*names: str) -> str:

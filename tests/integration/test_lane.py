@@ -1,0 +1,117 @@
+"""A lane on a real database, with a publisher that answers what the test wants: what the loop makes of it."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import pytest
+import structlog
+
+from outbox_relay import database as relay_database
+from outbox_relay.observe.metrics import Metrics
+from outbox_relay.observe.telemetry import Telemetry
+from outbox_relay.relay.failures import WITHDRAWN
+from outbox_relay.relay.loop import Lane, LaneOptions
+from outbox_relay.relay.message import Addressing
+from outbox_relay.relay.watch import HorizonWatch, WatchOptions
+from tests.fixtures.outbox import insert
+from tests.fixtures.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from psycopg import Connection
+
+    from outbox_relay.relay.failures import Outcome
+    from outbox_relay.relay.message import Record
+    from outbox_relay.relay.publish import Publisher
+    from tests.fixtures.postgres import Database
+
+
+class Answers:
+    """Stands in for the publisher: the first batches become what was asked for, all others are acknowledged."""
+
+    def __init__(self, *batches: list[Outcome]) -> None:
+        self.producers_rebuilt = 0
+        self.sizes: list[int] = []
+        self._batches = list(batches)
+
+    def probe(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def publish(self, records: Sequence[Record], *, deadline: float) -> list[Outcome]:
+        assert deadline > 0
+        self.sizes.append(len(records))
+        if not self._batches:
+            return [None] * len(records)
+        self.producers_rebuilt += 1
+        return self._batches.pop(0)
+
+
+@pytest.fixture
+def writer(database: Database) -> Iterator[Connection]:
+    with database.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def running(database: Database, answers: Answers, metrics: Metrics) -> Iterator[None]:
+    """A lane and its horizon; both are stopped at the end."""
+    telemetry = Telemetry(logger=structlog.get_logger(), metrics=metrics, topic_of=Addressing().topic)
+    connect = partial(relay_database.connect, database.dsn, application_name="lane")
+    watch = HorizonWatch(options=WatchOptions(), connect=connect, telemetry=telemetry)
+    stop = threading.Event()
+    lane = Lane(
+        "lane-1",
+        options=LaneOptions(),
+        connect=connect,
+        publisher=cast("Publisher", answers),
+        watch=watch,
+        telemetry=telemetry,
+        stop=stop,
+    )
+    threads = [threading.Thread(target=part.run) for part in (watch, lane)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watch.stop()
+        for thread in threads:
+            thread.join()
+
+
+def published(connection: Connection) -> int:
+    [(count,)] = connection.execute("SELECT count(*) FROM outbox WHERE published_at IS NOT NULL").fetchall()
+    connection.rollback()
+    return int(count)
+
+
+def test_what_kafka_has_behind_a_failure_of_its_key_is_counted_as_sent_again(
+    database: Database, writer: Connection
+) -> None:
+    insert(writer, "a", "b", "b", "b")
+    writer.commit()
+    answers, metrics = Answers([None, WITHDRAWN, None, None]), Metrics()
+    with running(database, answers, metrics):
+        eventually(lambda: published(writer) == 4)
+    assert answers.sizes == [4, 3]
+    count = metrics.registry.get_sample_value
+    assert count("outbox_relay_republished_messages_total", {"cause": "order"}) == 2
+    assert count("outbox_relay_commit_to_ack_seconds_count") == 4
+
+
+def test_producers_that_were_rebuilt_are_counted_once(database: Database, writer: Connection) -> None:
+    insert(writer, "a")
+    writer.commit()
+    answers, metrics = Answers([WITHDRAWN], [WITHDRAWN]), Metrics()
+    with running(database, answers, metrics):
+        eventually(lambda: published(writer) == 1)
+        count = metrics.registry.get_sample_value
+        eventually(lambda: count("outbox_relay_rebuilt_producers_total") == 2)
+    assert answers.sizes == [1, 1, 1]
