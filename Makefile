@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+LOCK   := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --quiet
 STAMP  := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
@@ -45,9 +46,10 @@ bench: setup  ## Measure throughput, latency and their limits; results in benchm
 schema: setup  ## Renew the committed schema dump after a migration changed it
 	@RELAY_TEST_RENEW_SCHEMA=1 $(BIN)/python -m pytest -q tests/integration/test_schema.py -k committed_dump
 
-lock: setup  ## Renew the locked requirements
-	@$(BIN)/uv pip compile pyproject.toml --group dev --extra demo --universal --python-version 3.11 \
-	  --generate-hashes --no-header --upgrade --quiet --output-file requirements/dev.txt
+lock: setup  ## Renew the locked requirements: of developers, and out of the same versions those of the image
+	@$(LOCK) --upgrade pyproject.toml --group dev --extra demo --output-file requirements/dev.txt
+	@$(LOCK) --constraint requirements/dev.txt pyproject.toml --extra daemon --output-file requirements/daemon.txt
+	@$(LOCK) --constraint requirements/dev.txt --group build --output-file requirements/build.txt
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

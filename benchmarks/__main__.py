@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import drain, horizon, hour, idle, inbox, latency, published, size, snapshot
+from benchmarks import drain, horizon, hour, idle, inbox, latency, layout, published, size, snapshot
 from benchmarks.bench import Bench, running_bench
 from benchmarks.plan import FULL, QUICK
 from benchmarks.report import document
@@ -24,6 +24,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
     "latency": latency.measure,
     "snapshot": snapshot.measure,
     "published": published.measure,
+    "layout": layout.measure,
     "horizon": horizon.measure,
     "idle": idle.measure,
     "hour": hour.measure,

@@ -19,6 +19,7 @@ class Plan:
         snapshot_messages: Backlog that is drained while a snapshot is held open.
         published_rows: Published rows that a claim has to stay clear of, in rising order.
         claims: Claims timed beside each number of published rows.
+        layout_messages: Messages drained from each layout.
         open_transactions: Bystanders while the horizon looks for writers, in rising order.
         looks: Looks timed beside each number of bystanders.
         idle_seconds: How long an idle relay is watched.
@@ -38,6 +39,7 @@ class Plan:
     snapshot_messages: int = 200_000
     published_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     claims: int = 20
+    layout_messages: int = 50_000
     open_transactions: tuple[int, ...] = (0, 50, 150, 300)
     looks: int = 100
     idle_seconds: float = 20.0
