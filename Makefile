@@ -7,7 +7,7 @@ LOCK   := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-has
 STAMP  := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench schema lock clean
+.PHONY: help setup demo test lint format bench schema lock audit dist clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ demo: setup  ## Show the main job in under a minute (ARGS=--kafka=broker for a r
 	@$(BIN)/outbox-relay demo $(ARGS)
 
 test: setup  ## Run the whole test suite (ARGS='-k claim' to choose)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: setup  ## Check style, types and layers
 	@$(BIN)/ruff check .
@@ -50,6 +50,14 @@ lock: setup  ## Renew the locked requirements: of developers, and out of the sam
 	@$(LOCK) --upgrade pyproject.toml --group dev --extra demo --output-file requirements/dev.txt
 	@$(LOCK) --constraint requirements/dev.txt pyproject.toml --extra daemon --output-file requirements/daemon.txt
 	@$(LOCK) --constraint requirements/dev.txt --group build --output-file requirements/build.txt
+
+audit: setup  ## Look for known vulnerabilities in the locked requirements, and for what is unsafe in the workflows
+	@$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --requirement requirements/dev.txt
+	@$(BIN)/uv tool run zizmor@1.32.0 --offline .github
+
+dist: setup  ## Build the sdist and the wheel into dist/, the same bytes wherever it is done
+	@rm -rf dist
+	@$(BIN)/python -m hatchling build
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

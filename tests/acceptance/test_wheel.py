@@ -1,79 +1,26 @@
-"""The wheel as users get it: built, installed into a clean environment, and run away from the checkout."""
+"""Wheel and sdist as users get them: built, installed into a clean environment, and run away from the checkout."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import trove_classifiers
+from packaging.metadata import Metadata
 
+from outbox_relay import __version__
 from tests.fixtures.parts import missing_part
+from tests.fixtures.wheels import CHECKOUT, Environment, build, install, lend_dependencies
 
 if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
-
-CHECKOUT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """A virtual environment with the wheel installed, and a directory outside the checkout to run it in."""
-
-    directory: Path
-
-    def run(self, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("OUTBOX_RELAY_", "PYTHON"))
-        }
-        return subprocess.run(
-            [str(self.directory / "bin" / program), *arguments],
-            cwd=self.directory,
-            env=inherited | variables,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-
-def build(source: Path, target: str, *, directory: Path) -> Path:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(directory)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
-    [built] = directory.iterdir()
-    return built
-
-
-def install(wheel: Path, directory: Path) -> Environment:
-    venv.create(directory, symlinks=True)
-    python = str(directory / "bin" / "python")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        str(wheel),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return Environment(directory)
-
-
-def lend_dependencies(environment: Environment) -> None:
-    """Let the environment import the packages of this one, though not the checkout, which only a .pth file adds."""
-    [site_packages] = environment.directory.glob("lib/python*/site-packages")
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +29,66 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel_from_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sdist = build(CHECKOUT, "sdist", directory=tmp_path_factory.mktemp("sdist"))
-    unpacked = tmp_path_factory.mktemp("unpacked")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(CHECKOUT, "sdist", directory=tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
-    return build(unpacked / sdist.name.removesuffix(".tar.gz"), "wheel", directory=tmp_path_factory.mktemp("rebuilt"))
+        archive.extractall(directory, filter="data")
+    return directory / sdist.name.removesuffix(".tar.gz")
 
 
-def contents(wheel: Path) -> dict[str, int]:
-    """The files of the wheel with their checksums."""
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def contents(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return {file.filename: file.CRC for file in archive.infolist()}
+        return archive.namelist()
 
 
-def test_a_wheel_built_from_the_sdist_is_the_wheel_built_from_the_checkout(wheel: Path, wheel_from_sdist: Path) -> None:
-    assert contents(wheel_from_sdist) == contents(wheel)
+def metadata_of(wheel: Path) -> Metadata:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return Metadata.from_email(archive.read(name), validate=True)
+
+
+@pytest.mark.parametrize("target", ["sdist", "wheel"])
+def test_what_is_built_from_the_sdist_is_byte_for_byte_what_is_built_from_the_checkout(
+    target: str, request: pytest.FixtureRequest, unpacked_sdist: Path, tmp_path: Path
+) -> None:
+    built: Path = request.getfixturevalue(target)
+    rebuilt = build(unpacked_sdist, target, directory=tmp_path / "rebuilt")
+    assert (rebuilt.name, digest(rebuilt)) == (built.name, digest(built))
+
+
+def test_the_sdist_holds_what_it_is_tested_with_and_nothing_that_only_lies_about(unpacked_sdist: Path) -> None:
+    directories = {"benchmarks", "docs", "examples", "helm", "migrations", "outbox_relay", "requirements", "tests"}
+    files = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md", "pyproject.toml"}
+    tools = {".dockerignore", ".github", ".gitignore", "Dockerfile", "Makefile", "compose.yaml"}
+    assert {path.name for path in unpacked_sdist.iterdir()} == directories | files | tools | {"PKG-INFO"}
+
+
+def test_the_metadata_says_what_an_index_shows_and_an_installer_needs(wheel: Path) -> None:
+    metadata = metadata_of(wheel)
+    assert (metadata.name, str(metadata.version)) == ("outbox-relay", __version__)
+    assert (metadata.metadata_version, str(metadata.requires_python)) == ("2.4", ">=3.11")
+    assert (metadata.license_expression, metadata.license_files) == ("Apache-2.0", ["LICENSE"])
+    assert metadata.description_content_type == "text/markdown"
+    assert set(metadata.provides_extra or []) == {
+        "daemon",
+        "demo",
+        "django",
+        "kafka",
+        "metrics",
+        "otel",
+        "sqlalchemy",
+    }
+    assert set(metadata.project_urls or {}) == {"Changelog", "Documentation", "Issues", "Repository", "Runbooks"}
+    assert [name for name in metadata.classifiers or [] if name not in trove_classifiers.classifiers] == []
 
 
 def test_the_wheel_has_every_file_of_the_package_and_every_migration(wheel: Path) -> None:
@@ -160,3 +151,20 @@ def test_without_the_extra_the_command_says_what_to_install(wheel: Path, tmp_pat
     finished = environment.run("python", "-m", "outbox_relay", "run")
     assert (finished.returncode, finished.stdout) == (3, "")
     assert finished.stderr.endswith('Install it with: pip install "outbox-relay[daemon]"\n')
+
+
+def test_the_command_runs_without_being_installed(wheel: Path) -> None:
+    uv = Path(sys.executable).with_name("uv")
+    command = [
+        str(uv),
+        "tool",
+        "run",
+        "--isolated",
+        "--from",
+        f"outbox-relay[daemon] @ {wheel.as_uri()}",
+        "outbox-relay",
+    ]
+    finished = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120, check=False)
+    if "error sending request" in finished.stderr:
+        missing_part(f"the package index cannot be reached: {finished.stderr.strip()[-200:]}")
+    assert (finished.returncode, finished.stdout) == (0, f"outbox-relay, version {__version__}\n"), finished.stderr
