@@ -11,7 +11,7 @@ from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, Res
 from outbox_relay.errors import ConfigurationError, KafkaUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from concurrent.futures import Future
     from typing import Any, TypeVar
 
@@ -75,9 +75,14 @@ def describe_cluster(config: Mapping[str, str | int | float | bool], *, topics: 
         raise KafkaUnavailable(f"the brokers stopped answering: {error.args[0].str()}") from error
 
 
+def find_refusal(errors: Iterable[KafkaError]) -> KafkaError | None:
+    """Give the first of *errors* by which the brokers refuse the credentials, or TLS could not be agreed on."""
+    return next((error for error in errors if error.name() in _REFUSALS), None)
+
+
 def _why_silent(errors: list[KafkaError]) -> ConfigurationError | KafkaUnavailable:
-    """Give the first error that means a refusal, else the first one: what follows it says less."""
-    refusal = next((error for error in errors if error.name() in _REFUSALS), None)
+    """Give the refusal among *errors*, else the first one: what follows it says less."""
+    refusal = find_refusal(errors)
     if refusal is not None:
         return ConfigurationError(refusal.str())
     return KafkaUnavailable(f"no broker answered within {_REQUEST_SECONDS:g} s: {errors[0].str()}")

@@ -169,7 +169,7 @@ def replay(
 def _publish(connection: Connection, plan: Plan, *, settings: Settings, options: ReplayOptions, note: Note) -> Progress:
     """Replay until the end or a signal."""
     signals = StopSignals()
-    publisher = Publisher(settings.producer_config(), logger=librdkafka_logger())
+    publisher = Publisher(settings.producer_config, logger=librdkafka_logger())
     with closing(publisher), _shown(plan) as show:
         return publish_again(
             connection,

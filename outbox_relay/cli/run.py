@@ -40,12 +40,12 @@ from outbox_relay.relay.survey import SurveyOptions
 from outbox_relay.relay.watch import WatchOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from psycopg import Connection
     from structlog.typing import FilteringBoundLogger
 
-    from outbox_relay.config import Configuration, Settings
+    from outbox_relay.config import Configuration, ProducerSetting, Settings
 
 _POLL_SECONDS = 0.02
 _REST_SECONDS = 60.0
@@ -64,18 +64,28 @@ def run(configuration: Configuration, *, once: bool) -> None:
     message.
     """
     settings = configuration.settings
-    logs.configure(log_format=settings.log_format, level=settings.log_level, secrets=settings.secrets())
+    redaction = logs.configure(log_format=settings.log_format, level=settings.log_level, secrets=settings.secrets())
     check_producer_config(settings.producer_config())
     if once:
         settings = settings.model_copy(update={"canary_interval": 0.0})  # nobody would be there when it arrives
-    raise SystemExit(_Process(settings).run_once() if once else _Process(settings).run())
+    process = _Process(settings, load_again=configuration.load_again, redaction=redaction)
+    raise SystemExit(process.run_once() if once else process.run())
 
 
 class _Process:
-    """One run of the daemon: its parts, and the order in which they start and stop."""
+    """
+    One run of the daemon: its parts, and the order in which they start and stop.
 
-    def __init__(self, settings: Settings) -> None:
+    What opens a connection or a producer reads the settings again, and takes the secrets from there: those that were
+    rotated meanwhile count from the next attempt on.
+    """
+
+    def __init__(
+        self, settings: Settings, *, load_again: Callable[[], Configuration], redaction: logs.Redaction
+    ) -> None:
         self._settings = settings
+        self._load_again = load_again
+        self._redaction = redaction
         self._signals = StopSignals()
         self._logger: FilteringBoundLogger = structlog.get_logger("outbox_relay")
         self._addressing = addressing_of(settings)
@@ -156,7 +166,7 @@ class _Process:
         relay = Relay(
             options=_relay_options(settings, replace(self._addressing, source=source)),
             connect=self._connect,
-            make_publisher=lambda: publisher_class(settings.producer_config(), logger=librdkafka_logger()),
+            make_publisher=lambda: publisher_class(self._producer_config, logger=librdkafka_logger()),
             telemetry=self._telemetry,
         )
         _collect_garbage_rarely()
@@ -189,10 +199,16 @@ class _Process:
         return 0 if is_drained else ExitCode.INTERNAL
 
     def _connect(self, thread: str) -> Connection:
-        return connect(
-            self._settings.database_url.get_secret_value(),
-            application_name=f"outbox-relay {thread}",
-        )
+        conninfo = self._read_again().database_url.get_secret_value()
+        return connect(conninfo, application_name=f"outbox-relay {thread}")
+
+    def _producer_config(self) -> dict[str, ProducerSetting]:
+        return self._read_again().producer_config()
+
+    def _read_again(self) -> Settings:
+        settings = self._load_again().settings
+        self._redaction.hide(settings.secrets())
+        return settings
 
 
 def _collect_garbage_rarely() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +32,16 @@ _SERVICE_LINK = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The settings, and by name (`lanes`, `kafka.linger.ms`) the source of each that was given."""
+    """
+    The settings, and by name (`lanes`, `kafka.linger.ms`) the source of each that was given.
+
+    Attributes:
+        load_again: Reads the same sources once more, for a file may hold another secret by now; raises as `load` does.
+    """
 
     settings: Settings
     origins: Mapping[str, Origin]
+    load_again: Callable[[], Configuration]
 
 
 def load(flags: Mapping[str, object] | None = None, *, config_file: Path | None = None) -> Configuration:
@@ -58,10 +65,11 @@ def load(flags: Mapping[str, object] | None = None, *, config_file: Path | None 
         ("environment", _parse({name: environment[name] for name in variables})),
         ("flag", flags or {}),
     ]
-    return _merge(layers)
+    settings, origins = _merge(layers)
+    return Configuration(settings, origins, load_again=partial(load, flags, config_file=config_file))
 
 
-def _merge(layers: list[tuple[Origin, Mapping[str, object]]]) -> Configuration:
+def _merge(layers: list[tuple[Origin, Mapping[str, object]]]) -> tuple[Settings, Mapping[str, Origin]]:
     merged: dict[str, object] = {}
     properties: dict[str, object] = {}
     origins: dict[str, Origin] = {}
@@ -72,7 +80,7 @@ def _merge(layers: list[tuple[Origin, Mapping[str, object]]]) -> Configuration:
         properties |= given
         origins |= dict.fromkeys([*values, *(f"kafka.{name}" for name in given)], origin)
     try:
-        return Configuration(settings=Settings.model_validate(merged | {"kafka": properties}), origins=origins)
+        return Settings.model_validate(merged | {"kafka": properties}), origins
     except ValidationError as error:
         raise ConfigurationError(explain(error)) from None  # the cause quotes what was given, secrets too
 

@@ -25,9 +25,11 @@ def configure(
     log_format: Literal["auto", "json", "console"],
     level: Literal["debug", "info", "warning", "error"],
     secrets: Collection[str] = (),
-) -> None:
+) -> Redaction:
     """
     Send every log line to stderr, as JSON or for a terminal; calling it again replaces what was configured.
+
+    Gives what takes the secrets out, so that it can be told of further ones.
 
     librdkafka joins when a producer is given `logging.getLogger("librdkafka")`.
 
@@ -41,6 +43,7 @@ def configure(
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%fZ", utc=True),
     ]
+    redaction = Redaction(secrets)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -48,7 +51,7 @@ def configure(
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *_renderers(on_terminal=on_terminal),
-                _Redaction(secrets),
+                redaction,
             ],
         )
     )
@@ -63,6 +66,7 @@ def configure(
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
+    return redaction
 
 
 def _renderers(*, on_terminal: bool) -> list[Processor]:
@@ -92,14 +96,20 @@ class OncePerMinute(logging.Filter):
         return is_news
 
 
-class _Redaction:
+class Redaction:
     """Last processor: takes the secrets out of the finished line, as they are and as JSON spells them."""
 
     def __init__(self, secrets: Collection[str]) -> None:
-        spellings = {*secrets, *(json.dumps(secret)[1:-1] for secret in secrets)}
+        self._spellings: list[str] = []
+        self.hide(secrets)
+
+    def hide(self, secrets: Collection[str]) -> None:
+        """Take out *secrets* as well from now on, by whichever thread."""
+        spellings = {*self._spellings, *secrets, *(json.dumps(secret)[1:-1] for secret in secrets)}
         self._spellings = sorted(filter(None, spellings), key=len, reverse=True)  # a longer one may contain a shorter
 
     def __call__(self, _logger: WrappedLogger, _method: str, line: str | EventDict) -> str:
+        """Give *line* without the secrets."""
         text = str(line)
         for secret in self._spellings:
             text = text.replace(secret, _REDACTED)

@@ -72,7 +72,7 @@ class Metrics:
         self.failed_surveys = counter("failed_surveys", "Surveys that an error ended.")
         self.failed_canaries = counter("failed_canaries", "Canaries that an error interrupted.")
         self.lost_connections = counter("lost_connections", "Times a part was lost.", "part")
-        self.rebuilt_producers = counter("rebuilt_producers", "Producers that failed for good and were replaced.")
+        self.rebuilt_producers = counter("rebuilt_producers", "Producers replaced after a failure or silence.")
         self.batch_messages = histogram("batch_messages", "Messages of a batch.", _MESSAGES)
         self.claim_seconds = histogram("claim_seconds", "Time to claim a batch.", _SECONDS)
         self.publish_seconds = histogram("publish_seconds", "Time to publish a batch.", _SECONDS)

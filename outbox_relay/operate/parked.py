@@ -11,7 +11,7 @@ from shlex import join
 from typing import TYPE_CHECKING
 
 from psycopg import ClientCursor, DataError
-from psycopg.errors import LockNotAvailable
+from psycopg.errors import CheckViolation, LockNotAvailable
 
 from outbox_relay.database import translated_errors
 from outbox_relay.errors import DatabaseConflict, InvalidMessage, OperationRefused
@@ -189,8 +189,8 @@ class ParkedMessages:
         with self._locked(chosen.shard):
             try:
                 edited = self._rows("edit", parameters)
-            except DataError as error:  # PostgreSQL knows best what jsonb is
-                raise InvalidMessage(f"message {message} would be no JSON: {error.diag.message_primary}") from error
+            except (DataError, CheckViolation) as error:  # PostgreSQL knows best what jsonb is, and how large
+                raise InvalidMessage(f"message {message} cannot be stored: {error.diag.message_primary}") from error
             if not edited:
                 raise _not_parked([message])
             _check(edited[0], max_message_bytes=max_message_bytes)

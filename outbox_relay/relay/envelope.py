@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
 
-from outbox_relay.relay.failures import Unpublishable
+from outbox_relay.relay.failures import Unpublishable, quoted
 from outbox_relay.wire import CE_SPECVERSION, CE_SUBJECT, CE_TIME, CLOUDEVENTS, NATIVE, RESERVED_HEADERS
 
 if TYPE_CHECKING:
@@ -84,10 +84,13 @@ def own_headers(text: str, *, envelope: Envelope) -> Mapping[str, str]:
     Raises:
         Unpublishable: One is no string, is the relay's, or is none that a CloudEvent may have.
     """
-    own: dict[str, object] = json.loads(text)
+    try:
+        own: dict[str, object] = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+        raise Unpublishable(f"the headers cannot be read ({error}): a header is a string") from error
     for name, value in own.items():
         if not isinstance(value, str):
-            raise Unpublishable(f'header "{name}" is {json.dumps(value)[:100]}: a header is a string')
+            raise Unpublishable(f"header {quoted(name)} is {json.dumps(value)[:100]}: a header is a string")
         if name in RESERVED_HEADERS:
             raise Unpublishable(f'header "{name}" is set by the relay: choose another name')
         if envelope == "cloudevents":
@@ -105,9 +108,9 @@ def _check_own(name: str, value: str) -> None:
     if lowered.startswith("ce_"):
         if not _ATTRIBUTE.fullmatch(name):
             raise Unpublishable(
-                f'header "{name}" is no attribute of a CloudEvent: after ce_ come a-z and 0-9, and not data'
+                f"header {quoted(name)} is no attribute of a CloudEvent: after ce_ come a-z and 0-9, and not data"
             )
-        _check_attribute(f'header "{name}"', value)
+        _check_attribute(f"header {quoted(name)}", value)
     elif lowered == "content-type" and not (name == lowered and _MEDIA_TYPE.fullmatch(value)):
         raise Unpublishable(
             f'header "{name}" is {value!r:.100}: the content-type of a CloudEvent is a media type such as text/plain,'

@@ -12,8 +12,16 @@ if TYPE_CHECKING:
     import random
 
 
+_MOST_QUOTED = 300
+
+
 class Unpublishable(OutboxRelayError):
     """Kafka could never accept this message as it is; the text is the reason that an operator reads."""
+
+
+def quoted(text: str) -> str:
+    """Give *text* of a message as an operator reads it: in quotes, on one line, and not without end."""
+    return f'"{repr(text[:_MOST_QUOTED])[1:-1][:_MOST_QUOTED]}"'
 
 
 class Scope(Enum):
@@ -68,7 +76,8 @@ _SCOPES = {
         "_INVALID_ARG",
         "_BAD_COMPRESSION",
     ),
-    Scope.BATCH: (  # the producer has failed, and a new one takes the batch
+    Scope.BATCH: (  # another record of the batch is refused, or the producer has failed and a new one takes the batch
+        "_INVALID_DIFFERENT_RECORD",
         "INVALID_PRODUCER_EPOCH",
         "PRODUCER_FENCED",
         "OUT_OF_ORDER_SEQUENCE_NUMBER",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from outbox_relay.errors import ConfigurationError
 from outbox_relay.relay.envelope import cloudevent_headers, is_uri_reference, native_headers, own_headers
-from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope, Unpublishable
+from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope, Unpublishable, quoted
 from outbox_relay.wire import CLOUDEVENTS, NATIVE
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from outbox_relay.relay.envelope import Envelope, Header
     from outbox_relay.relay.failures import Outcome
 
+_KAFKAS_OWN = {"__consumer_offsets", "__transaction_state", "__share_group_state"}  # a broker takes none of ours there
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 Key = tuple[str, str]
@@ -112,9 +113,11 @@ class Addressing:
         topic = self.topics.get(aggregate_type) or self.template.replace("{aggregate_type}", aggregate_type)
         if not is_topic_name(topic):
             raise Unpublishable(
-                f'aggregate type "{aggregate_type}" makes the topic "{topic}", which Kafka does not allow: a name has'
-                " 1 to 249 of a-z A-Z 0-9 . _ -; map the type to a topic with OUTBOX_RELAY_TOPIC_MAP",
+                f"aggregate type {quoted(aggregate_type)} makes the topic {quoted(topic)}, which Kafka does not allow:"
+                " a name has 1 to 249 of a-z A-Z 0-9 . _ -; map the type to a topic with OUTBOX_RELAY_TOPIC_MAP",
             )
+        if topic in _KAFKAS_OWN:
+            raise Unpublishable(f'topic "{topic}" is Kafka\'s own: map the type to another with OUTBOX_RELAY_TOPIC_MAP')
         if self.allowed and topic not in self.allowed:
             raise Unpublishable(f'topic "{topic}" is not among OUTBOX_RELAY_ALLOWED_TOPICS')
         return topic

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.cimpl import Producer  # tracing tools replace the other name by one that adds headers
 
-from outbox_relay.errors import KafkaUnavailable
+from outbox_relay.errors import ConfigurationError, KafkaUnavailable
+from outbox_relay.kafka_admin import find_refusal
 from outbox_relay.relay.failures import NO_REPORT, WITHDRAWN, Failure, Outcome, Scope, scope_of
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from confluent_kafka import Message as DeliveredMessage
 
     from outbox_relay.relay.message import Record
+
+    ReadConfig = Callable[[], Mapping[str, "ProducerSetting"]]
 
 ProducerSetting = str | int | float | bool
 
@@ -31,7 +34,9 @@ _PURGE_SECONDS = 2.0
 _GAP_REFUSED = KafkaError._GAPLESS_GUARANTEE  # noqa: SLF001 -- librdkafka's names begin with an underscore
 _WITHDRAWING_CODES = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT", "_FATAL"})
 _TOO_LARGE = "MSG_SIZE_TOO_LARGE"
+_WRONG_TIME = "INVALID_TIMESTAMP"
 _DEFAULT_MESSAGE_BYTES = 1_000_000
+_ERRORS_KEPT = 100
 _SINGLY: dict[str, ProducerSetting] = {"enable.gapless.guarantee": False, "linger.ms": 0, "batch.num.messages": 1}
 
 
@@ -42,11 +47,14 @@ class Publisher:
     A broker that refuses one message refuses the whole batch it came in, and every message of the batch is reported
     with the same error. So the topic of such a batch is sent for a minute by a second producer, one message of each key
     at a time: what is refused alone is guilty.
+
+    *read_config* is asked anew for each producer. One that gets no answer gives way to another, which sees the
+    credentials and certificates that were rotated meanwhile.
     """
 
-    def __init__(self, config: Mapping[str, ProducerSetting], *, logger: logging.Logger | None = None) -> None:
-        self._together = _Sender(config, is_single=False, logger=logger)
-        self._singly = _Sender({**config, **_SINGLY}, is_single=True, logger=logger)
+    def __init__(self, read_config: ReadConfig, *, logger: logging.Logger | None = None) -> None:
+        self._together = _Sender(read_config, is_single=False, logger=logger)
+        self._singly = _Sender(read_config, is_single=True, logger=logger)
         self._alone_until: dict[str, float] = {}
         self._known_topics: set[str] = set()
 
@@ -149,28 +157,40 @@ class _Sender:
     a topic that took 2,000 bytes got the last 10 of 100 messages of a key and refused the 90 before.
     """
 
-    def __init__(
-        self,
-        config: Mapping[str, ProducerSetting],
-        *,
-        is_single: bool,
-        logger: logging.Logger | None,
-    ) -> None:
-        self._config: dict[str, object] = dict(config)
-        if logger is not None:
-            self._config["logger"] = logger
+    def __init__(self, read_config: ReadConfig, *, is_single: bool, logger: logging.Logger | None) -> None:
+        self._read_config = read_config
         self._is_single = is_single
+        self._logger = logger
+        self._config: Mapping[str, ProducerSetting] = {}
+        self._errors: deque[KafkaError] = deque(maxlen=_ERRORS_KEPT)
         self._producer: Producer | None = None
         self.producers_built = 0
 
     def metadata_error(self, topic: str | None, *, timeout: float) -> KafkaError | None:
         """Give the brokers' word on *topic*, or on nothing in particular; raise KafkaUnavailable if none answers."""
         wanted = {"topic": topic} if topic else {}
+        producer = self._open()
+        self._errors.clear()
         try:
-            metadata = self._open().list_topics(**wanted, timeout=timeout)
+            metadata = producer.list_topics(**wanted, timeout=timeout)
         except KafkaException as error:
-            raise KafkaUnavailable(f"no broker answered within {timeout:g} s: {error.args[0].str()}") from error
+            raise self._why_silent(producer, error.args[0], timeout=timeout) from error
         return metadata.topics[topic].error if topic else None
+
+    def _why_silent(self, producer: Producer, error: KafkaError, *, timeout: float) -> KafkaUnavailable:
+        """
+        Give the most telling error, and give up the producer: the next one reads credentials and certificates again.
+
+        Not only after a refusal, for a broker that dislikes a client's certificate just closes the connection. Nothing
+        is lost with the producer: between two batches it holds no message.
+        """
+        with suppress(KafkaException, SystemError):
+            producer.poll(0)  # hands over the errors
+        errors = [*self._errors, error]
+        self.drop()
+        telling = [each for each in errors if each.name() != "_ALL_BROKERS_DOWN"]
+        cause = find_refusal(errors) or (telling or errors)[0]
+        return KafkaUnavailable(f"no broker answered within {timeout:g} s: {cause.str()}")
 
     def send(
         self, records: Sequence[Record], indexes: Sequence[int], outcomes: list[Outcome], *, deadline: float
@@ -179,6 +199,7 @@ class _Sender:
         if not indexes:
             return False
         producer = self._open()
+        self._errors.clear()
         errors: dict[int, KafkaError] = {}
         self._hand_over(producer, records, indexes, outcomes, errors, deadline=deadline)
         interruption = self._await_reports(producer, deadline=deadline)
@@ -196,6 +217,8 @@ class _Sender:
                 outcomes[index] = interruption
             elif outcome.code == _TOO_LARGE:
                 outcomes[index] = replace(outcome, reason=self._why_too_large(records[index]))
+            elif outcome.code == _WRONG_TIME:
+                outcomes[index] = replace(outcome, reason=_why_wrong_time(records[index]))
         return interruption is WITHDRAWN
 
     def _hand_over(
@@ -258,7 +281,8 @@ class _Sender:
             producer.purge()
             with suppress(KafkaException, SystemError):
                 producer.flush(_PURGE_SECONDS)
-            interruption = interruption or NO_REPORT
+            refusal = find_refusal(self._errors)
+            interruption = interruption or (_failure(refusal) if refusal else NO_REPORT)
         return interruption
 
     def _failure_reported(self, error: KafkaError) -> Failure:
@@ -267,7 +291,7 @@ class _Sender:
         return replace(failure, scope=Scope.BATCH) if is_shared else failure
 
     def _why_too_large(self, record: Record) -> str:
-        own = sum(len(part) for header in record.headers for part in header if part)
+        own = sum(len(_bytes(part)) for header in record.headers for part in header)
         size = len(_bytes(record.value)) + len(_bytes(record.key)) + own
         limit = self._config.get("message.max.bytes", _DEFAULT_MESSAGE_BYTES)
         return (
@@ -283,9 +307,18 @@ class _Sender:
 
     def _open(self) -> Producer:
         if self._producer is None:
-            self._producer = Producer(self._config)
+            self._producer = self._build()
             self.producers_built += 1
         return self._producer
+
+    def _build(self) -> Producer:
+        """Make a producer of the configuration as it is now, certificates included."""
+        try:
+            self._config = {**self._read_config(), **(_SINGLY if self._is_single else {})}
+            own: dict[str, object] = {"error_cb": self._errors.append}
+            return Producer({**self._config, **own, **({"logger": self._logger} if self._logger else {})})
+        except (ConfigurationError, KafkaException) as error:
+            raise KafkaUnavailable(f"no producer can be made: {error}") from error
 
 
 def _take_report(
@@ -312,6 +345,13 @@ def _interruption(error: KafkaException | SystemError) -> Failure:
     if not isinstance(cause, KafkaException):
         return Failure(Scope.CONNECTION, "_FATAL", str(error))
     return WITHDRAWN if cause.args[0].code() == _GAP_REFUSED else _failure(cause.args[0])
+
+
+def _why_wrong_time(record: Record) -> str:
+    return (
+        f"created_at is {record.timestamp_ms:,} ms after 1970, further from now than the topic"
+        f' "{record.topic}" accepts (message.timestamp.after.max.ms, an hour ahead by default, and ...before.max.ms)'
+    )
 
 
 def _is_of_topic(outcome: Outcome) -> bool:

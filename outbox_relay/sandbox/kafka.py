@@ -19,7 +19,7 @@ from outbox_relay.sandbox.ports import ReservedPort
 from outbox_relay.sandbox.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 KAFKA_VERSION = "4.3.1"
 KAFKA = Jars("Kafka", Path(__file__).with_name("kafka-pom.xml"), {"kafka.version": KAFKA_VERSION})
@@ -73,12 +73,34 @@ class KafkaCluster(Kafka):
     Everything they write is below *directory*, which the caller removes. Nodes are numbered from 1. The first start on
     a machine fetches Kafka. Topics never come into being by themselves. Leaving the context stops the nodes; those
     whose parent is killed with SIGKILL run on.
+
+    Args:
+        listeners: Further ones beside the plain one that this class itself uses: protocols by name, in capitals.
+        settings: Further ones of the brokers, such as those of the listeners.
+        jvm_options: Further ones of the brokers' virtual machines.
     """
 
-    def __init__(self, directory: Path, *, brokers: int = 1) -> None:
-        self._nodes = {number: _Node(number, directory / f"node-{number}") for number in range(1, brokers + 1)}
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        brokers: int = 1,
+        listeners: Mapping[str, str] | None = None,
+        settings: Mapping[str, str] | None = None,
+        jvm_options: Sequence[str] = (),
+    ) -> None:
+        self._nodes = {
+            number: _Node(number, directory / f"node-{number}", listeners=listeners or {})
+            for number in range(1, brokers + 1)
+        }
+        self._settings = settings or {}
+        self._jvm_options = jvm_options
         self._cluster_id = uuid.uuid4().hex[:22]
         super().__init__(",".join(node.address for node in self._nodes.values()))
+
+    def servers_of(self, listener: str, *, host: str = "127.0.0.1") -> str:
+        """Give the bootstrap servers of a further listener; another name of the *host* may be asked for."""
+        return ",".join(f"{host}:{node.port_of(listener)}" for node in self._nodes.values())
 
     def start(self) -> None:
         """
@@ -160,18 +182,21 @@ class KafkaCluster(Kafka):
                 "transaction.state.log.replication.factor": str(copies),
                 "transaction.state.log.min.isr": str(copies // 2 + 1),
                 "transaction.state.log.num.partitions": "4",
+                **self._settings,
             },
             # Three virtual machines at once spend their start-up compiling; the quick compiler halves it.
-            jvm_options=("-XX:TieredStopAtLevel=1",) if copies > 1 else (),
+            jvm_options=(*self._jvm_options, *(("-XX:TieredStopAtLevel=1",) if copies > 1 else ())),
         )
 
 
 class _Node:
     """One process of a cluster."""
 
-    def __init__(self, number: int, directory: Path) -> None:
+    def __init__(self, number: int, directory: Path, *, listeners: Mapping[str, str]) -> None:
         self.number = number
         self._directory = directory
+        self._protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **listeners}
+        self._ports = {listener: ReservedPort() for listener in listeners}
         self._port = ReservedPort()
         self._controller_port = ReservedPort()
         self._process: subprocess.Popen[bytes] | None = None
@@ -184,14 +209,18 @@ class _Node:
     def controller_port(self) -> int:
         return self._controller_port.number
 
+    def port_of(self, listener: str) -> int:
+        return self._ports[listener].number
+
     def start(self, *, cluster_id: str, settings: Mapping[str, str], jvm_options: tuple[str, ...]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
+        further = "".join(f",{listener}://127.0.0.1:{port.number}" for listener, port in self._ports.items())
         properties = self._directory / "server.properties"
         own_settings = {
             "process.roles": "broker,controller",
             "node.id": str(self.number),
-            "listeners": f"PLAINTEXT://{self.address},CONTROLLER://127.0.0.1:{self.controller_port}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": f"PLAINTEXT://{self.address},CONTROLLER://127.0.0.1:{self.controller_port}{further}",
+            "listener.security.protocol.map": ",".join(f"{name}:{kind}" for name, kind in self._protocols.items()),
             "controller.listener.names": "CONTROLLER",
             "log.dirs": str(self._directory / "data"),
         }

@@ -15,7 +15,7 @@ from outbox_relay.consumer import SequenceInbox, message_from
 from outbox_relay.sandbox.postgres import PostgresServer
 from tests.fixtures.load import Load, Plan, commit_messages
 from tests.fixtures.pipeline import Pipeline, flaws
-from tests.fixtures.postgres import temporary_directory
+from tests.fixtures.postgres import RELAY_LOGIN, temporary_directory
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
 
@@ -78,7 +78,7 @@ def test_with_synchronous_replication_a_failover_loses_nothing_and_keeps_the_ord
         before, after = (Pipeline(each, kafka, prefix=topic_prefix, seed=seed) for each in (own_database, promoted))
         after.create_topics()
         whichever = either(own_database, promoted)
-        with before.relays(2, database_url=whichever) as relays:
+        with before.relays(2, database_url=make_conninfo(whichever, user=RELAY_LOGIN)) as relays:
             with Load(whichever, plan=Plan(writers=6, bulk_rows=100), seed=seed) as load:
                 load.await_more(3_000)
                 own_database.server.kill()

@@ -127,7 +127,7 @@ def test_threads_that_wait_for_kafka_are_alive(own_kafka_pipeline: Pipeline, own
 def test_threads_that_wait_for_the_database_are_alive(pipeline: Pipeline) -> None:
     port = ReservedPort()
     with TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy:
-        behind_proxy = make_conninfo(pipeline.database.dsn, port=proxy.port)
+        behind_proxy = make_conninfo(pipeline.database.relay_dsn, port=proxy.port)
         with pipeline.relay(metrics_port=port.number, database_url=behind_proxy) as relay:
             relay.wait_until_ready()
             proxy.cut(refuse=True)

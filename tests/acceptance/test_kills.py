@@ -84,7 +84,7 @@ def test_a_second_signal_ends_the_relay_at_once(pipeline: Pipeline) -> None:
 
 def test_a_relay_frozen_beyond_its_transaction_does_no_harm_when_it_goes_on(pipeline: Pipeline) -> None:
     short_times = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
-    frozen_dsn = make_conninfo(pipeline.database.dsn, application_name="frozen")
+    frozen_dsn = make_conninfo(pipeline.database.relay_dsn, application_name="frozen")
     with (
         started(pipeline, database_url=frozen_dsn, **short_times) as frozen,
         started(pipeline, **short_times) as other,

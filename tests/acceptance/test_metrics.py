@@ -90,7 +90,7 @@ def test_a_survey_shows_the_backlog_and_the_tables_with_the_grants_of_a_relay(pi
 
 def test_figures_of_the_database_disappear_while_it_is_away(pipeline: Pipeline) -> None:
     with TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy:
-        behind_proxy = make_conninfo(pipeline.database.dsn, port=proxy.port)
+        behind_proxy = make_conninfo(pipeline.database.relay_dsn, port=proxy.port)
         with running(pipeline, survey_interval=0.1, database_url=behind_proxy) as relay:
             relay.await_value("parked_messages", expected=0)
             proxy.cut(refuse=True)
@@ -122,7 +122,7 @@ def test_messages_whose_mark_is_lost_are_counted_by_cause(pipeline: Pipeline) ->
     with (
         TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy,
         pipeline.database.connect() as writer,
-        running(pipeline, database_url=make_conninfo(pipeline.database.dsn, port=proxy.port)) as relay,
+        running(pipeline, database_url=make_conninfo(pipeline.database.relay_dsn, port=proxy.port)) as relay,
     ):
         commit_messages(writer, "order-1", "order-1", "order-1")
         pipeline.await_settled()
@@ -191,7 +191,15 @@ def test_the_age_of_each_message_at_its_acknowledgement_is_counted(pipeline: Pip
 @pytest.mark.parametrize("settle", ["mark", "delete"])
 def test_a_canary_measures_the_way_to_kafka_and_back(pipeline: Pipeline, settle: str) -> None:
     pipeline.kafka.create_topic(pipeline.topic(AGGREGATE_TYPE))
-    with running(pipeline, canary_interval=0.05, settle=settle) as relay:
+    with (
+        login(pipeline.database, group="outbox_relay, outbox_writer") as role,
+        running(
+            pipeline,
+            canary_interval=0.05,
+            settle=settle,
+            database_url=make_conninfo(pipeline.database.dsn, user=role),
+        ) as relay,
+    ):
         eventually(lambda: (relay.value("canary_seconds_count") or 0) >= 3)
         assert 0 < (relay.value("canary_seconds_sum") or 0) < 30
         published = relay.value("published_messages_total", pipeline.topic(AGGREGATE_TYPE)) or 0

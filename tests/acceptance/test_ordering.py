@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from outbox_relay.sandbox.history import History, Outcome, judge
 from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages, insert_messages
 from tests.fixtures.pipeline import flaws
+from tests.fixtures.postgres import login
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -103,7 +105,12 @@ def test_a_forgotten_writer_delays_others_by_the_ordering_timeout_at_most(
     pipeline: Pipeline, forget: Callable[[psycopg.Connection], Forgotten]
 ) -> None:
     with (
-        pipeline.relays(2, ordering_timeout=ORDERING_TIMEOUT) as relays,
+        login(pipeline.database, group="outbox_relay, pg_read_all_stats") as role,
+        pipeline.relays(
+            2,
+            ordering_timeout=ORDERING_TIMEOUT,
+            database_url=make_conninfo(pipeline.database.dsn, user=role),
+        ) as relays,
         pipeline.database.connect(application_name="forgetful shop") as forgetful,
         pipeline.database.connect() as punctual,
     ):

@@ -172,7 +172,7 @@ def publish_through(proxy: TcpProxy, pipeline: Pipeline) -> int:
     """Publish 250 messages in batches of 100 by a relay behind *proxy*; give the number of duplicates."""
     with pipeline.database.connect() as writer:
         writes = commit_messages(writer, *["order-1"] * 250)
-    behind_proxy = make_conninfo(pipeline.database.dsn, port=proxy.port)
+    behind_proxy = make_conninfo(pipeline.database.relay_dsn, port=proxy.port)
     with pipeline.relay(database_url=behind_proxy, lanes=1, batch_size=100) as relay:
         pipeline.await_settled()
         relay.wait_for_event("database_recovered")
@@ -183,7 +183,7 @@ def publish_through(proxy: TcpProxy, pipeline: Pipeline) -> int:
 
 def test_a_network_cut_again_and_again_under_load_loses_nothing(pipeline: Pipeline) -> None:
     with TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy:
-        behind_proxy = make_conninfo(pipeline.database.dsn, port=proxy.port)
+        behind_proxy = make_conninfo(pipeline.database.relay_dsn, port=proxy.port)
         with pipeline.relays(1, database_url=behind_proxy, lanes=LANES, batch_size=BATCH_SIZE) as [relay]:
             with pipeline.load(PLAN) as load:
                 for number in range(1, 6):

@@ -180,7 +180,7 @@ def test_skip_asks_at_a_terminal(operator: Operator, parked: Database, answer: b
         (["release", "3"], "--key order 7"),
         (["show", "99"], "not parked"),
         (["edit", "1"], "nothing to change"),
-        (["edit", "1", "--payload", "{"], "no JSON"),
+        (["edit", "1", "--payload", "{"], "cannot be stored"),
         (["edit", "1", "--payload", "@/nowhere"], "/nowhere cannot be read"),
         (["edit", "1", "--payload", "{}", "--payload-bytes", "@x"], "one payload"),
         (["edit", "1", "--payload-bytes", "x"], "@FILE"),

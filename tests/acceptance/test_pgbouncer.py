@@ -13,6 +13,7 @@ from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages
 from tests.fixtures.pgbouncer import pooled
 from tests.fixtures.pipeline import flaws
+from tests.fixtures.postgres import RELAY_LOGIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +27,8 @@ POOL_SIZE = 6  # below the sessions of two relays, so that they share
 
 @pytest.fixture
 def pooled_dsn(pipeline: Pipeline) -> Iterator[str]:
-    with pooled(pipeline.database, pool_size=POOL_SIZE) as port:
-        yield make_conninfo(pipeline.database.dsn, port=port)
+    with pooled(pipeline.database, pool_size=POOL_SIZE, users=["postgres", RELAY_LOGIN]) as port:
+        yield make_conninfo(pipeline.database.relay_dsn, port=port)
 
 
 def test_two_relays_that_share_a_pool_lose_nothing_and_keep_the_order(pipeline: Pipeline, pooled_dsn: str) -> None:

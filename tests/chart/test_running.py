@@ -141,6 +141,7 @@ def test_every_setting_reaches_the_relay_as_it_was_given(helm: Helm, tmp_path: P
     container = Container(rendered, one(rendered, "Deployment"), directory=tmp_path, secrets=secrets)
 
     read = {name: row["value"] for name, row in shown(container).items() if row["source"] == "TOML file"}
+    read |= {"OUTBOX_RELAY_METRICS_PORT": shown(container)["OUTBOX_RELAY_METRICS_PORT"]["value"]}  # a variable
     wanted = {f"OUTBOX_RELAY_{name.upper()}": value for name, value in settings.items()}
     wanted |= {f"OUTBOX_RELAY_KAFKA__{name.replace('.', '_').upper()}": value for name, value in PROPERTIES.items()}
     wanted["OUTBOX_RELAY_ALLOWED_TOPICS"] = ["billing.invoices", "order.events"]

@@ -92,7 +92,7 @@ class Path:
     def __init__(self, kafka: Kafka, topic: str) -> None:
         servers = kafka.bootstrap_servers
         self.topic = topic
-        self._publisher = Publisher({**DEFAULTS, "bootstrap.servers": servers, "log_level": 0})
+        self._publisher = Publisher(lambda: {**DEFAULTS, "bootstrap.servers": servers, "log_level": 0})
         self._consumer = Consumer({"bootstrap.servers": servers, "group.id": topic, "log_level": 0})
         self._consumer.assign([TopicPartition(topic, 0, 0)])
 

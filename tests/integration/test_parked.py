@@ -206,9 +206,9 @@ def test_an_edit_of_headers_leaves_the_payload(operator: ParkedMessages, writer:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (Change(payload=b"{"), "no JSON"),
-        (Change(payload=b'"\xff"'), "no JSON"),
-        (Change(payload=b'"\\u0000"'), "no JSON"),
+        (Change(payload=b"{"), "cannot be stored"),
+        (Change(payload=b'"\xff"'), "cannot be stored"),
+        (Change(payload=b'"\\u0000"'), "cannot be stored"),
         (Change(payload_bytes=bytes(MAX_BYTES), headers={"attempt": "3"}), "max_message_bytes"),
         (Change(headers={"source": "x"}), "choose another name"),
         (Change(removed_headers=["tenant"]), "give a str"),

@@ -79,7 +79,7 @@ def make_publisher() -> Iterator[Callable[..., Publisher]]:
 
     def make(bootstrap_servers: str, **settings: str | int) -> Publisher:
         given = {name.replace("_", "."): value for name, value in settings.items()}
-        made.append(Publisher({**DEFAULTS, "bootstrap.servers": bootstrap_servers, "log_level": 0, **given}))
+        made.append(Publisher(lambda: {**DEFAULTS, "bootstrap.servers": bootstrap_servers, "log_level": 0, **given}))
         return made[-1]
 
     yield make

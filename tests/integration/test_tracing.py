@@ -50,7 +50,9 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], ReadableS
 def publisher(mock_cluster: MockCluster) -> Iterator[TracedPublisher]:
     for topic in ("orders", "baskets"):
         mock_cluster.create_topic(topic)
-    publisher = TracedPublisher({**DEFAULTS, "bootstrap.servers": mock_cluster.bootstrap_servers, "log_level": 0})
+    publisher = TracedPublisher(
+        lambda: {**DEFAULTS, "bootstrap.servers": mock_cluster.bootstrap_servers, "log_level": 0}
+    )
     yield publisher
     publisher.close()
 
@@ -118,7 +120,7 @@ def test_a_batch_that_is_not_acknowledged_as_a_whole_is_an_error(
 
 def test_a_batch_that_no_broker_takes_is_an_error(finished: Callable[[], ReadableSpan]) -> None:
     port = ReservedPort()
-    publisher = TracedPublisher({**DEFAULTS, "bootstrap.servers": f"127.0.0.1:{port.number}", "log_level": 0})
+    publisher = TracedPublisher(lambda: {**DEFAULTS, "bootstrap.servers": f"127.0.0.1:{port.number}", "log_level": 0})
     with pytest.raises(KafkaUnavailable):
         send(publisher, [record()], seconds=0.1)
     publisher.close()

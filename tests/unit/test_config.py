@@ -133,6 +133,7 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         ({"SWEEP_INTERVAL": "inf"}, ["OUTBOX_RELAY_SWEEP_INTERVAL: 'inf': input should be a finite number"]),
         ({"SETTLE": "delet"}, ["OUTBOX_RELAY_SETTLE: 'delet' is none of 'mark' or 'delete'"]),
         ({"SCHEMA": 'a"; drop'}, ["OUTBOX_RELAY_SCHEMA: 'a\"; drop' is no plain lower-case identifier"]),
+        ({"SCHEMA": "a" * 64}, [f"OUTBOX_RELAY_SCHEMA: {'a' * 64!r} is no plain lower-case identifier"]),
         ({"LANEZ": "2"}, ["OUTBOX_RELAY_LANEZ: unknown setting; did you mean OUTBOX_RELAY_LANES?"]),
         ({"QQQ": SECRET}, ["OUTBOX_RELAY_QQQ: unknown setting"]),
         ({"LANES__X": "2"}, ["OUTBOX_RELAY_LANES__X: unknown setting; did you mean OUTBOX_RELAY_LANES?"]),

@@ -99,6 +99,11 @@ def test_a_header_that_is_no_string_or_ours_is_refused(own: Mapping[str, object]
     assert reason(PLAIN._replace(headers=json.dumps(own))) == expected
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "1" + "0" * 5_000], ids=["nested", "long"])
+def test_a_header_that_python_cannot_read_is_refused(value: str) -> None:
+    assert "the headers cannot be read" in reason(PLAIN._replace(headers=f'{{"deep": {value}}}'))
+
+
 @pytest.mark.parametrize(
     ("message", "addressing"),
     [
@@ -155,6 +160,19 @@ def test_an_illegal_topic_names_the_type_the_rule_and_the_remedy() -> None:
         'aggregate type "two words" makes the topic "two words.events", which Kafka does not allow: a name has'
         " 1 to 249 of a-z A-Z 0-9 . _ -; map the type to a topic with OUTBOX_RELAY_TOPIC_MAP"
     )
+
+
+@pytest.mark.parametrize("topic", ["__consumer_offsets", "__transaction_state"])
+def test_a_topic_of_kafkas_own_is_refused(topic: str) -> None:
+    with pytest.raises(Unpublishable, match="is Kafka's own: map the type to another"):
+        Addressing(template="{aggregate_type}").topic(topic)
+
+
+def test_what_a_reason_quotes_stays_on_one_line_and_has_an_end() -> None:
+    with pytest.raises(Unpublishable) as refused:
+        ADDRESSING.topic("two\nlines" + "x" * 10_000)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1_000
 
 
 def test_a_topic_that_is_not_allowed_is_refused() -> None:

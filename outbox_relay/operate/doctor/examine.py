@@ -242,11 +242,17 @@ def _examine_kafka(config: Mapping[str, kafka.ProducerSetting], *, topics: Colle
     try:
         cluster = kafka_admin.describe_cluster(config, topics=topics)
     except KafkaUnavailable as error:
-        remedy = "# start Kafka there, or correct OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS"
+        remedy = (
+            "# start Kafka there, or correct OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS, or, if the brokers ask for a"
+            " certificate, OUTBOX_RELAY_KAFKA__SSL_CERTIFICATE_LOCATION"
+        )
         yield Check("kafka", "FAIL", str(error), remedy)
         return
     except ConfigurationError as error:
-        remedy = "# correct OUTBOX_RELAY_KAFKA__SASL_... or OUTBOX_RELAY_KAFKA__SSL_..."
+        remedy = (
+            "# correct OUTBOX_RELAY_KAFKA__SASL_... or OUTBOX_RELAY_KAFKA__SSL_...; what the brokers' certificates name"
+            " must be in OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS"
+        )
         yield Check("kafka authentication", "FAIL", str(error), remedy)
         return
     yield Check("kafka", "OK", f"{servers}; brokers in service: {cluster.brokers}")
