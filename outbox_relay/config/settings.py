@@ -127,8 +127,9 @@ class Settings(BaseSettings):
     topic that the template and the map make."""
 
     source: str = ""
-    """The `source` of every message, by which consumers tell outboxes apart. Empty: `<database>.<schema>`. Change it
-    after a restore to an earlier point in time, or consumers that deduplicate by sequence drop new messages."""
+    """The `source` of every message, by which consumers tell outboxes apart. Empty: `<database>.<schema>`. After a
+    restore to an earlier point in time consumers that deduplicate by sequence drop new messages, unless numbers leap
+    (see docs/postgresql.md) or this is changed."""
 
     envelope: Literal["native", "cloudevents"] = "native"
     """How a record's headers tell what the message is: in the relay's own names, or as a CloudEvent in binary mode. The
