@@ -18,7 +18,8 @@ from benchmarks.relay import running_relays
 from benchmarks.report import Table, spread
 from benchmarks.rounds import in_rounds
 from benchmarks.topic import temporary_topic
-from outbox_relay.sandbox.history import History, Outcome, Write, commit_to_arrival_seconds, read_topics
+from outbox_relay.sandbox.history import History, Outcome, Write, commit_to_arrival_seconds
+from outbox_relay.sandbox.reading import read_topics
 
 if TYPE_CHECKING:
     from outbox_relay.sandbox.history import Record

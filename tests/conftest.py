@@ -10,6 +10,7 @@ import pytest
 pytest_plugins = [
     "tests.fixtures.postgres",
     "tests.fixtures.kafka",
+    "tests.fixtures.pipeline",
     "tests.fixtures.shop",
     "tests.fixtures.ledger",
     "tests.fixtures.connect",

@@ -27,19 +27,13 @@ from confluent_kafka.admin import AdminClient
 
 from outbox_relay.errors import ConfigurationError, KafkaUnavailable, OutboxRelayError
 from outbox_relay.operate import migrate
-from outbox_relay.sandbox.history import (
-    History,
-    Verdict,
-    Write,
-    commit_to_arrival_seconds,
-    judge,
-    read_rows,
-    read_topics,
-)
+from outbox_relay.sandbox.history import History, Write, commit_to_arrival_seconds
+from outbox_relay.sandbox.judge import Verdict, judge
 from outbox_relay.sandbox.kafka import KAFKA, Kafka, KafkaCluster
 from outbox_relay.sandbox.mock_cluster import MockCluster
 from outbox_relay.sandbox.orders import AGGREGATE_TYPE, create_orders, write_orders
 from outbox_relay.sandbox.postgres import PostgresServer, installed_servers
+from outbox_relay.sandbox.reading import read_rows, read_topics
 from outbox_relay.sandbox.waiting import eventually
 
 if TYPE_CHECKING:
@@ -292,7 +286,7 @@ def _record_history(
         rows = _drained_rows(dsn, relays=relays)
         say(f"The outbox is drained: {len(rows):,} rows, each of them settled.")
         stop_reading.set()
-        return History(writes, rows, reader.result())
+        return History(writes, rows, reader.result(), partition_counts={topic: (PARTITIONS,)})
 
 
 def _let_run(writers: Sequence[Future[list[Write]]], *, seconds: float) -> None:

@@ -102,6 +102,10 @@ class KafkaCluster(Kafka):
         """Give the bootstrap servers of a further listener; another name of the *host* may be asked for."""
         return ",".join(f"{host}:{node.port_of(listener)}" for node in self._nodes.values())
 
+    def advertise(self, listener: str, *, port: int, node: int = 1) -> None:
+        """From its next start on, let a node send the clients of a further listener to *port*, say a proxy's."""
+        self._nodes[node].advertised_ports[listener] = port
+
     def start(self) -> None:
         """
         Start every node and wait until all are in service.
@@ -177,6 +181,7 @@ class KafkaCluster(Kafka):
                 "auto.create.topics.enable": "false",
                 "min.insync.replicas": str(copies // 2 + 1),
                 "group.initial.rebalance.delay.ms": "0",
+                "log.retention.ms": "-1",  # whatever the time stamps of records say
                 "offsets.topic.replication.factor": str(copies),
                 "offsets.topic.num.partitions": "4",
                 "transaction.state.log.replication.factor": str(copies),
@@ -197,6 +202,7 @@ class _Node:
         self._directory = directory
         self._protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **listeners}
         self._ports = {listener: ReservedPort() for listener in listeners}
+        self.advertised_ports = {listener: port.number for listener, port in self._ports.items()}
         self._port = ReservedPort()
         self._controller_port = ReservedPort()
         self._process: subprocess.Popen[bytes] | None = None
@@ -215,11 +221,13 @@ class _Node:
     def start(self, *, cluster_id: str, settings: Mapping[str, str], jvm_options: tuple[str, ...]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         further = "".join(f",{listener}://127.0.0.1:{port.number}" for listener, port in self._ports.items())
+        advertised = "".join(f",{listener}://127.0.0.1:{port}" for listener, port in self.advertised_ports.items())
         properties = self._directory / "server.properties"
         own_settings = {
             "process.roles": "broker,controller",
             "node.id": str(self.number),
             "listeners": f"PLAINTEXT://{self.address},CONTROLLER://127.0.0.1:{self.controller_port}{further}",
+            "advertised.listeners": f"PLAINTEXT://{self.address}{advertised}",
             "listener.security.protocol.map": ",".join(f"{name}:{kind}" for name, kind in self._protocols.items()),
             "controller.listener.names": "CONTROLLER",
             "log.dirs": str(self._directory / "data"),

@@ -51,6 +51,7 @@ class MockCluster:
         self._cluster = self._library.rd_kafka_mock_cluster_new(self._client, brokers)
         if not self._cluster:
             raise KafkaUnavailable(f"librdkafka could not start a mock cluster of {brokers} brokers")
+        self._library.rd_kafka_mock_start_request_tracking(self._cluster)
 
     @property
     def bootstrap_servers(self) -> str:
@@ -70,6 +71,14 @@ class MockCluster:
     def clear_errors(self, api_key: ApiKey) -> None:
         """Forget the pushed errors that have not been used."""
         self._library.rd_kafka_mock_clear_request_errors(self._cluster, api_key)
+
+    def count_requests(self, api_key: ApiKey) -> int:
+        """Count the requests of this kind so far, whatever was answered."""
+        count = ctypes.c_size_t()
+        requests = self._library.rd_kafka_mock_get_requests(self._cluster, ctypes.byref(count))
+        kinds = [self._library.rd_kafka_mock_request_api_key(requests[index]) for index in range(count.value)]
+        self._library.rd_kafka_mock_request_destroy_array(requests, count)
+        return kinds.count(api_key)
 
     def set_topic_error(self, topic: str, code: int) -> None:
         """Report *code* for the topic in metadata until it is set to 0."""
@@ -125,7 +134,7 @@ def _load_library() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(path))
     pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
-    numbers = ctypes.POINTER(ctypes.c_int)
+    numbers, pointers = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(pointer)
     for name, result, arguments in (
         ("rd_kafka_conf_new", pointer, ()),
         ("rd_kafka_conf_set", number, (pointer, text, text, text, ctypes.c_size_t)),
@@ -138,6 +147,10 @@ def _load_library() -> ctypes.CDLL:
         ("rd_kafka_mock_topic_set_error", None, (pointer, text, number)),
         ("rd_kafka_mock_push_request_errors_array", None, (pointer, ctypes.c_int16, ctypes.c_size_t, numbers)),
         ("rd_kafka_mock_clear_request_errors", None, (pointer, ctypes.c_int16)),
+        ("rd_kafka_mock_start_request_tracking", None, (pointer,)),
+        ("rd_kafka_mock_get_requests", pointers, (pointer, ctypes.POINTER(ctypes.c_size_t))),
+        ("rd_kafka_mock_request_api_key", ctypes.c_int16, (pointer,)),
+        ("rd_kafka_mock_request_destroy_array", None, (pointers, ctypes.c_size_t)),
         ("rd_kafka_mock_broker_set_rtt", number, (pointer, ctypes.c_int32, number)),
         ("rd_kafka_mock_broker_set_down", number, (pointer, ctypes.c_int32)),
         ("rd_kafka_mock_broker_set_up", number, (pointer, ctypes.c_int32)),

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from outbox_relay.sandbox.history import Outcome, Write, digest
+from outbox_relay.sandbox.history import Outcome, Write, digest, expected_headers
 
 if TYPE_CHECKING:
     from random import Random
     from threading import Event
 
 AGGREGATE_TYPE = "customer"
+EVENT_TYPE = "order_placed"
 CUSTOMERS = 50
 ROLLBACK_SHARE = 1 / 8
 LONGEST_HOLD_SECONDS = 0.02
@@ -41,7 +42,7 @@ VALUES (%(order_id)s, %(customer_id)s, %(cents)s)
 
 INSERT_MESSAGE = """
 INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload)
-VALUES (%(message_id)s, %(aggregate_type)s, %(customer_id)s, 'order_placed', %(payload)s)
+VALUES (%(message_id)s, %(aggregate_type)s, %(customer_id)s, %(event_type)s, %(payload)s)
 """
 
 
@@ -81,6 +82,7 @@ def _place_order(connection: psycopg.Connection, *, random: Random) -> Write:
         digest=digest(order["payload"].encode()),
         outcome=Outcome.ROLLED_BACK if is_rolled_back else Outcome.COMMITTED,
         ended_at=time.monotonic(),
+        headers=expected_headers(order["message_id"], aggregate_type=AGGREGATE_TYPE, event_type=EVENT_TYPE),
     )
 
 
@@ -95,5 +97,6 @@ def _new_order(random: Random) -> dict[str, str]:
         "cents": str(cents),
         "message_id": message_id,
         "aggregate_type": AGGREGATE_TYPE,
+        "event_type": EVENT_TYPE,
         "payload": json.dumps({"cents": cents, "order_id": order_id, "customer_id": customer_id}),
     }

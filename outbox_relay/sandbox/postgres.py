@@ -139,6 +139,11 @@ class PostgresServer:
         return int((self.data_directory / "PG_VERSION").read_text())
 
     @property
+    def host(self) -> str:
+        """Where it listens."""
+        return "127.0.0.1"
+
+    @property
     def port(self) -> int:
         """The loopback port, the same for the server's whole life."""
         return self._port.number
@@ -160,7 +165,7 @@ class PostgresServer:
 
     def dsn(self, dbname: str = "postgres", *, user: str = "postgres") -> str:
         """Connection URL."""
-        return f"postgresql://{user}@127.0.0.1:{self.port}/{dbname}"
+        return f"postgresql://{user}@{self.host}:{self.port}/{dbname}"
 
     def start(self) -> None:
         """

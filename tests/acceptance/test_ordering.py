@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from outbox_relay.sandbox.history import History, Outcome, judge
+from outbox_relay.sandbox.history import History, Outcome
+from outbox_relay.sandbox.judge import judge
 from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages, insert_messages
 from tests.fixtures.pipeline import flaws

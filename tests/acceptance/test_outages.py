@@ -71,9 +71,20 @@ def test_kafka_away_at_start_is_waited_for(own_kafka_pipeline: Pipeline, own_kaf
     assert flaws(pipeline.judge(writes)) == {}
 
 
-@pytest.mark.parametrize("go_away", [KafkaCluster.kill, KafkaCluster.stop])
+@pytest.mark.parametrize(
+    ("go_away", "come_back"),
+    [
+        (KafkaCluster.kill, KafkaCluster.restart),
+        (KafkaCluster.stop, KafkaCluster.restart),
+        (KafkaCluster.pause, KafkaCluster.resume),
+    ],
+    ids=["killed", "stopped", "paused"],
+)
 def test_kafka_going_away_under_load_holds_no_transaction_open(
-    own_kafka_pipeline: Pipeline, own_kafka: KafkaCluster, go_away: Callable[[KafkaCluster], None]
+    own_kafka_pipeline: Pipeline,
+    own_kafka: KafkaCluster,
+    go_away: Callable[[KafkaCluster], None],
+    come_back: Callable[[KafkaCluster], None],
 ) -> None:
     pipeline, port = own_kafka_pipeline, ReservedPort()
     settings = {"lanes": LANES, "batch_size": BATCH_SIZE, "metrics_port": port.number, **SHORT_TIMES}
@@ -91,7 +102,7 @@ def test_kafka_going_away_under_load_holds_no_transaction_open(
             assert stays(lambda: pipeline.open_transactions() == 0, seconds=AWAY_SECONDS)
             assert ask(port.number, "/livez") == (200, "ok\n")
             assert ask(port.number, "/readyz") == (503, "kafka is away\n")
-            own_kafka.restart()
+            come_back(own_kafka)
             relay.wait_for_event("kafka_recovered", timeout=KAFKA_BACK_SECONDS)
         pipeline.await_settled()
         assert ask(port.number, "/readyz") == (200, "ok\n")

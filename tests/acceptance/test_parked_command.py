@@ -13,7 +13,7 @@ import pytest
 
 from outbox_relay.sandbox.history import Outcome
 from tests.fixtures.daemon import outbox_relay
-from tests.fixtures.load import new_write, payload_of
+from tests.fixtures.load import new_write, own_headers, payload_of
 from tests.fixtures.outbox import insert
 from tests.fixtures.pipeline import Pipeline
 from tests.fixtures.postgres import login
@@ -39,9 +39,12 @@ class Operator:
         self._environment = os.environ | {"OUTBOX_RELAY_DATABASE_URL": dsn}
 
     def run(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-        command = outbox_relay("parked", *arguments)
+        return self.run_any("parked", *arguments, stdin=stdin)
+
+    def run_any(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+        """Run another command of the relay."""
         return subprocess.run(
-            command,
+            outbox_relay(*arguments),
             env=self._environment,
             stdin=stdin,
             capture_output=True,
@@ -114,6 +117,7 @@ def test_list_and_show_have_the_same_facts_as_json(operator: Operator) -> None:
     assert operator.run("show", "1").stdout.startswith("id              1\n")
 
 
+@pytest.mark.outside("it reads files of the test")
 def test_edit_takes_a_payload_from_the_command_line_or_a_file(
     operator: Operator, parked: Database, tmp_path: Path
 ) -> None:
@@ -126,6 +130,52 @@ def test_edit_takes_a_payload_from_the_command_line_or_a_file(
             "SELECT payload, payload_bytes, headers FROM outbox WHERE id IN (1, 4) ORDER BY id"
         ).fetchall()
     assert edited == [({"total": 2}, None, {"by": "a=b"}), (None, b"\0\xff", {})]
+
+
+HOSTILE = "\x1b[2J\r\n\u202e" + "k" * 10_000
+
+
+@pytest.fixture
+def hostile(database: Database) -> str:
+    """A parked message in whose every text is what a terminal must not get; gives its aggregate type and key."""
+    with database.connect() as connection:
+        insert(connection, HOSTILE, HOSTILE, aggregate_type=HOSTILE, headers={HOSTILE: "\x9b"}, payload=["\x9b\u2028"])
+        connection.execute(
+            "UPDATE outbox SET parked_at = now(), parked_reason = %s", ["unpublishable: \x1b]0;evil\x07"]
+        )
+    return HOSTILE
+
+
+@pytest.mark.usefixtures("hostile")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("parked", "list", "--waiting"),
+        ("parked", "show", "1"),
+        ("parked", "release", "2"),
+        ("parked", "release", "--all", "--dry-run"),
+        ("parked", "skip", "1", "--why", "test", "--yes"),
+        ("parked", "edit", "1", "--header", "\x9b=1"),
+        ("status",),
+        ("replay", "--all", "--dry-run", "--why", "test"),
+        ("doctor",),
+    ],
+    ids=" ".join,
+)
+def test_no_text_of_a_message_moves_the_cursor_of_a_terminal(operator: Operator, arguments: tuple[str, ...]) -> None:
+    ended = operator.run_any(*arguments)
+    assert [line for line in (ended.stdout + ended.stderr).split("\n") if not line.isprintable()] == []
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_list_has_the_beginning_of_a_long_key_and_its_json_the_whole(operator: Operator, hostile: str) -> None:
+    listed = operator.run("list").stdout
+    assert r"\x1b[2J\r\n\u202ekkk" in listed
+    assert max(map(len, listed.splitlines())) < 250
+    messages = cast("list[dict[str, object]]", operator.ask("list")["messages"])
+    assert [(each["aggregate_type"], each["aggregate_id"]) for each in messages] == [(hostile, hostile)] * 2
+    assert operator.ask("show", "1")["aggregate_id"] == hostile
+    assert hostile[-1000:] in operator.run("show", "1").stdout
 
 
 def test_a_dry_run_of_a_release_prints_the_same_and_changes_nothing(operator: Operator, parked: Database) -> None:
@@ -221,10 +271,10 @@ def commit_poison(pipeline: Pipeline) -> Write:
     with pipeline.database.connect() as connection:
         connection.execute(
             """
-            INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload_bytes)
-            VALUES (%s, 'order', %s, 'happened', %s)
+            INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload_bytes, headers)
+            VALUES (%s, 'order', %s, 'happened', %s, %s)
             """,
-            [write.message_id, KEY, os.urandom(WIDEST + 50_000)],
+            [write.message_id, KEY, os.urandom(WIDEST + 50_000), json.dumps(own_headers(write.message_id))],
         )
     return replace(write, outcome=Outcome.COMMITTED)
 

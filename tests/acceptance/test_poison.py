@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -191,13 +190,7 @@ def test_memory_stays_bounded_while_large_messages_pass(pipeline: Pipeline) -> N
             insert_rows(writer, aggregate_type="order", rows=30, keys=7, size=900_000)
     with pipeline.relays(1, batch_bytes="4MiB") as [relay]:
         pipeline.await_settled()
-        peak = peak_memory_bytes(relay.pid)
+        peak = relay.peak_memory_bytes
     assert pipeline.states() == [PUBLISHED] * 300
     assert len(pipeline.records()) == 300
     assert peak < PEAK_MEMORY_BYTES
-
-
-def peak_memory_bytes(pid: int) -> int:
-    """The most memory a process has had resident."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +16,7 @@ from outbox_relay.consumer import Inbox, SequenceInbox
 from outbox_relay.sandbox.history import Outcome
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.consumer_process import Options, consumer_process
-from tests.fixtures.daemon import Daemon
+from tests.fixtures.daemon import Daemon, outbox_relay
 from tests.fixtures.ledger import AcceptsEverything, Desk, balances_after, deposit, running
 from tests.fixtures.load import Plan, commit_messages
 from tests.fixtures.pipeline import flaws
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kafka
 
-COMMAND = (sys.executable, "-m", "outbox_relay", "replay", "--why", "a bug in billing")
+COMMAND = outbox_relay("replay", "--why", "a bug in billing")
 
 
 class Operator:
@@ -166,7 +165,7 @@ def test_while_all_are_at_work_a_replay_has_one_more_effect_where_it_is_applied_
     assert ledger.excess(expected) == {}
     assert replays[0]["replayed_messages"] > 20
     assert {write.key for write in replayed} == {"order-0", "payment-1"}
-    assert flaws(pipeline.judge(load.writes)) == {"duplicated": sent}
+    assert flaws(pipeline.judge(load.writes)) == {"replayed": sent}
     assert sent == len([message for message in found if message.replay is not None])
 
 
