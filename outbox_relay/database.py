@@ -9,6 +9,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from outbox_relay.errors import (
+    AnswerTooLarge,
     ConfigurationError,
     DatabaseConflict,
     DatabaseUnavailable,
@@ -31,6 +32,7 @@ _CLIENT_DEFAULTS: dict[str, str | int] = {
 }
 
 # What a SQLSTATE, or its first two characters, means for the caller.
+_TOO_LARGE = "54000"
 _CONFLICT = {"40001", "40P01", "55P03", "57014"}
 _UNAVAILABLE = {"08", "53", "57", "58", "25006", "25P03", "XX"}
 _REMEDY_OF_MISMATCH = {
@@ -85,6 +87,7 @@ def translated_errors() -> Iterator[None]:
 
     Raises:
         DatabaseConflict: The transaction was rolled back by a lock, a deadlock or a time-out; it may be tried again.
+        AnswerTooLarge: The same, and it fails again unless it asks for less.
         DatabaseUnavailable: The connection is gone or the server takes no work.
         SchemaMismatch: A table, column or privilege is missing.
     """
@@ -113,6 +116,8 @@ def _translate(error: psycopg.Error) -> OutboxRelayError | None:
     text = " ".join(str(error).split())
     if state is None:  # raised by the driver or libpq, not by the server; refused connections among them
         return DatabaseUnavailable(text) if isinstance(error, psycopg.OperationalError) else None
+    if state == _TOO_LARGE:
+        return AnswerTooLarge(text)
     if state in _CONFLICT:
         return DatabaseConflict(text)
     if state in _REMEDY_OF_MISMATCH:

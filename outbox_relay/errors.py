@@ -7,6 +7,7 @@ Every error this project raises on purpose.
     +-- DependencyUnavailable   it works again by itself once the other side is back
     |   +-- DatabaseUnavailable
     |   +-- DatabaseConflict    a lock, a deadlock or a time-out rolled the transaction back
+    |   |   +-- AnswerTooLarge  the server cannot make the answer; asking for less is the remedy
     |   +-- KafkaUnavailable
     +-- MigrationError          a migration could not be applied
     +-- OperationRefused        what an operator asked for would break a promise, or names what is not there
@@ -47,6 +48,10 @@ class DatabaseUnavailable(DependencyUnavailable):
 
 class DatabaseConflict(DependencyUnavailable):
     """A lock, a deadlock or a time-out rolled the transaction back; the connection is still good."""
+
+
+class AnswerTooLarge(DatabaseConflict):
+    """The server cannot make an answer as large as what was asked for; asking for less is the remedy."""
 
 
 class KafkaUnavailable(DependencyUnavailable):

@@ -10,6 +10,7 @@ import click
 
 from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
+from outbox_relay.cli.terminal import printable
 from outbox_relay.config import check_producer_config
 from outbox_relay.operate.doctor.examine import Subject, examine
 from outbox_relay.relay.message import Addressing
@@ -72,7 +73,8 @@ def _as_json(checks: Iterable[Check]) -> list[Check]:
 def _as_text(checks: Iterable[Check]) -> Iterator[Check]:
     """Print each check as soon as it is known, since some take seconds."""
     for check in checks:
-        click.echo(f"{click.style(f'{check.status:<4}', fg=_COLORS[check.status])}  {check.name}: {check.finding}")
+        status = click.style(f"{check.status:<4}", fg=_COLORS[check.status])
+        click.echo(f"{status}  {check.name}: {printable(check.finding)}")
         for line in check.remedy.splitlines():
-            click.echo(f"      {line}")
+            click.echo(f"      {printable(line)}")
         yield check

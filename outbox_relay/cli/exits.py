@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from outbox_relay.cli.terminal import printable
 from outbox_relay.errors import ConfigurationError, DependencyUnavailable, InvalidMessage, OperationRefused
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class ExitCode(IntEnum):
 def tell(error: OutboxRelayError) -> ExitCode:
     """Say on stderr what failed, each line after the command's name, and return the code to exit with."""
     for line in str(error).splitlines():
-        click.echo(f"outbox-relay: {line}", err=True)
+        click.echo(f"outbox-relay: {printable(line)}", err=True)
     match error:
         case ConfigurationError():
             return ExitCode.CONFIGURATION

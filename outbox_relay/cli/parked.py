@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from outbox_relay.cli.options import confirm, settings_options
+from outbox_relay.cli.terminal import printable
 from outbox_relay.database import connect
 from outbox_relay.operate.parked import (
     MOST_COUNTED,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from outbox_relay.config import Configuration, Settings
 
+_MOST_SHOWN = 60  # characters of a type or a key; `show` has all of them
 _HEADINGS = ("id", "sequence_no", "parked_at", "key", "waiting", "reason")
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -102,7 +104,7 @@ def show(configuration: Configuration, *, message: int, as_json: bool) -> None:
     if as_json:
         click.echo("{\n" + ",\n".join(f'  "{name}": {value}' for name, value in fields.items()) + "\n}")
     else:
-        click.echo("\n".join(f"{name:<16}{value}" for name, value in fields.items() if value != "null"))
+        click.echo("\n".join(f"{name:<16}{printable(value)}" for name, value in fields.items() if value != "null"))
 
 
 @parked.command()
@@ -279,9 +281,9 @@ def _cells(message: ParkedMessage) -> tuple[str, ...]:
         str(message.id),
         str(message.sequence_no),
         message.parked_at.isoformat(timespec="seconds"),
-        f"{message.aggregate_type} {message.aggregate_id}",
+        _key_name(message),
         f"{message.waiting:,}{'+' if message.waiting == MOST_COUNTED else ''}",
-        message.reason,
+        printable(message.reason),
     )
 
 
@@ -293,7 +295,11 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _key(key: ParkedKey) -> str:
-    return f"{key.aggregate_type} {key.aggregate_id}  {key.messages:,}"
+    return f"{_key_name(key)}  {key.messages:,}"
+
+
+def _key_name(of: ParkedMessage | ParkedKey) -> str:
+    return f"{printable(of.aggregate_type, most=_MOST_SHOWN)} {printable(of.aggregate_id, most=_MOST_SHOWN)}"
 
 
 def _sum(keys: Sequence[ParkedKey]) -> str:

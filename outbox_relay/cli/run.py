@@ -25,12 +25,13 @@ from outbox_relay.config import check_producer_config
 from outbox_relay.database import connect
 from outbox_relay.errors import DependencyUnavailable, OutboxRelayError
 from outbox_relay.observe import logs
-from outbox_relay.observe.health import HealthServer
+from outbox_relay.observe.health import Certificate, HealthServer
 from outbox_relay.observe.metrics import Metrics
 from outbox_relay.observe.telemetry import Telemetry
 from outbox_relay.operate.schema import check_schema
 from outbox_relay.relay.canary import CanaryOptions, check_canary
 from outbox_relay.relay.claim import SHARDS, ClaimOptions
+from outbox_relay.relay.failpoints import Failpoints, parse_failpoints
 from outbox_relay.relay.failures import Backoff
 from outbox_relay.relay.loop import LaneOptions
 from outbox_relay.relay.message import Addressing
@@ -97,12 +98,14 @@ class _Process:
             live_max_age=_SLOW_SECONDS + max(settings.statement_timeout, settings.publish_deadline),
             ready_max_age=settings.ready_max_age if settings.survey_interval else 0.0,
         )
+        self._failpoints = Failpoints(parse_failpoints(settings.failpoints), tell=self._telemetry.failpoint_reached)
         self._health = (
             HealthServer(
                 host=settings.metrics_host,
                 port=settings.metrics_port,
                 metrics=metrics,
                 telemetry=self._telemetry,
+                certificate=_certificate(settings),
             )
             if settings.metrics_port
             else None
@@ -164,12 +167,16 @@ class _Process:
             self._telemetry.schema_is_newer(warning)
         publisher_class = choose_publisher()
         relay = Relay(
-            options=_relay_options(settings, replace(self._addressing, source=source)),
+            options=_relay_options(settings, replace(self._addressing, source=source), failpoints=self._failpoints),
             connect=self._connect,
-            make_publisher=lambda: publisher_class(self._producer_config, logger=librdkafka_logger()),
+            make_publisher=lambda: publisher_class(
+                self._producer_config, logger=librdkafka_logger(), failpoints=self._failpoints
+            ),
             telemetry=self._telemetry,
         )
         _collect_garbage_rarely()
+        if settings.failpoints:
+            self._telemetry.failpoints_armed(settings.failpoints)
         relay.start()
         self._telemetry.relay_started(
             version=__version__,
@@ -218,6 +225,12 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(200_000, 10, 10)
 
 
+def _certificate(settings: Settings) -> Certificate | None:
+    if not settings.metrics_certificate:
+        return None
+    return Certificate(settings.metrics_certificate, key_path=settings.metrics_certificate_key)
+
+
 def _exit_code(received: signal.Signals) -> int:
     return ExitCode.INTERRUPTED if received is signal.SIGINT else 0
 
@@ -240,7 +253,7 @@ def source_of(settings: Settings, connection: Connection) -> str:
     return settings.source or f"{connection.info.dbname}.{settings.schema_name}"
 
 
-def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
+def _relay_options(settings: Settings, addressing: Addressing, *, failpoints: Failpoints) -> RelayOptions:
     claim = ClaimOptions(
         schema=settings.schema_name,
         messages=settings.batch_size,
@@ -260,6 +273,7 @@ def _relay_options(settings: Settings, addressing: Addressing) -> RelayOptions:
         publish_deadline=settings.publish_deadline,
         # Without order, messages appear below the horizon all the time, and only a sweep finds them.
         sweep_interval=settings.sweep_interval if addressing.is_ordered else settings.idle_poll_interval,
+        failpoints=failpoints,
     )
     watch = WatchOptions(
         schema=settings.schema_name,

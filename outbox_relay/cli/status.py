@@ -13,6 +13,7 @@ import click
 
 from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
+from outbox_relay.cli.terminal import printable
 from outbox_relay.database import connect
 from outbox_relay.operate.status import MOST_COUNTED, Status, how_to_end, read_status
 
@@ -93,4 +94,4 @@ def _writer(writer: OpenTransaction) -> str:
     who = writer.application_name or writer.role_name
     what = f"prepared {writer.gid!r} of {who}" if writer.gid else f"pid {writer.pid} ({who}), {writer.state}"
     last = f"  -- last query: {' '.join(writer.query.split())}" if writer.query else ""
-    return f"{what}, {writer.age_seconds:.1f} s: {how_to_end(writer)}{last}"
+    return printable(f"{what}, {writer.age_seconds:.1f} s: {how_to_end(writer)}{last}")

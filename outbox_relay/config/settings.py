@@ -18,6 +18,7 @@ from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic
 from outbox_relay.config.names import PREFIX, env_name
 from outbox_relay.relay.canary import AGGREGATE_TYPE as CANARY_TYPE
 from outbox_relay.relay.claim import SHARDS
+from outbox_relay.relay.failpoints import parse_failpoints
 from outbox_relay.relay.message import is_topic_name
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def _connection_string(url: SecretStr) -> SecretStr:
             "the value is not shown because it may hold a password"
         ) from None
     return url
+
+
+def _failpoints(text: str) -> str:
+    parse_failpoints(text)
+    return text
 
 
 def _lower(value: object) -> object:
@@ -228,6 +234,20 @@ class Settings(BaseSettings):
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Port of metrics and probes. 0: no listener, nobody can see how the relay is."""
 
+    metrics_certificate: str = ""
+    """Path of the PEM certificate with which metrics and probes are served over TLS; a renewed file counts at once.
+    Empty: plain HTTP."""
+
+    metrics_certificate_key: str = ""
+    """Path of the private key that belongs to the certificate, PEM without a password."""
+
+    failpoints: Annotated[str, AfterValidator(_failpoints)] = ""
+    """For tests of faults alone: where the relay dies, freezes, fails or dawdles, such as `after_claim=kill@3`; see
+    docs/faults.md."""
+
+    allow_failpoints: bool = False
+    """Whether failpoints may be armed. `true` where somebody relies on the relay: it will fail them."""
+
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
         """Return the fields by the name that people use, which is an alias where pydantic has taken the name itself."""
@@ -276,6 +296,14 @@ class Settings(BaseSettings):
             yield f"kafka.{name}", reason
         yield from self._time_problems()
         yield from self._canary_problems()
+        if bool(self.metrics_certificate) != bool(self.metrics_certificate_key):
+            missing = "metrics_certificate_key" if self.metrics_certificate else "metrics_certificate"
+            yield missing, "not set: a certificate and its key go together"
+        if self.failpoints and not self.allow_failpoints:
+            yield (
+                "failpoints",
+                f"makes the relay fail: remove it, or set {env_name('allow_failpoints')}=true to mean it",
+            )
         for topic in sorted(set(self.topic_map.values()) - self.allowed_topics if self.allowed_topics else ()):
             yield "topic_map", f"{topic} is not among the allowed topics: add it to {env_name('allowed_topics')}"
 

@@ -59,6 +59,7 @@ class Telemetry:
         self._lock = threading.Lock()
         self._lost: dict[str, dict[str, float]] = {"kafka": {}, "database": {}, "topic": {}}
         self._seen: set[str] = set()
+        self._partitions: dict[str, int] = {}
         self._beats: dict[str, float] = {}
         self._is_draining = False
         self._settled_at = time.monotonic()
@@ -72,6 +73,10 @@ class Telemetry:
     def schema_is_newer(self, warning: str) -> None:
         """Log that the database has migrations this version does not know."""
         self._logger.warning(events.SCHEMA_IS_NEWER, warning=warning)
+
+    def certificate_not_renewed(self, error: Exception) -> None:
+        """Log that the files of the certificate for metrics changed into what cannot be used."""
+        self._logger.warning(events.CERTIFICATE_NOT_RENEWED, error=str(error))
 
     def relay_draining(self, *, reason: str) -> None:
         """Log that nothing more is claimed, and turn unready."""
@@ -238,6 +243,14 @@ class Telemetry:
         self._metrics.held_topics.set(len(self._lost["topic"]))
         self._logger.info(events.TOPIC_RELEASED, topic=topic)
 
+    def partitions_changed(self, topic: str, *, partitions: int) -> None:
+        """Log that keys of *topic* may go to other partitions than before, when the first lane notices it."""
+        with self._lock:
+            is_news = self._partitions.get(topic) != partitions
+            self._partitions[topic] = partitions
+        if is_news:
+            self._logger.warning(events.PARTITIONS_CHANGED, topic=topic, partitions=partitions)
+
     def kafka_lost(self, thread: str, reason: str) -> None:
         """Log the loss when the first lane notices it."""
         self._part_lost("kafka", thread, events.KAFKA_LOST, reason=reason)
@@ -257,6 +270,14 @@ class Telemetry:
     def thread_failed(self, thread: str, error: Exception) -> None:
         """Log an error that nobody expected, with its traceback."""
         self._logger.error(events.THREAD_FAILED, thread=thread, error=repr(error), exc_info=error)
+
+    def failpoints_armed(self, failpoints: str) -> None:
+        """Log that this relay was told to fail."""
+        self._logger.warning(events.FAILPOINTS_ARMED, failpoints=failpoints)
+
+    def failpoint_reached(self, point: str, action: str) -> None:
+        """Log what happens now, for after a kill nothing tells any more."""
+        self._logger.warning(events.FAILPOINT_REACHED, point=point, action=action)
 
     def _part_lost(self, part: str, thread: str, event: str, **facts: object) -> None:
         with self._lock:

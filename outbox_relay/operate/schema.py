@@ -37,16 +37,25 @@ def check_schema(conn: Connection, *, schema: str) -> str | None:
             f"role {conn.info.user!r} lacks privileges that `GRANT outbox_relay TO {conn.info.user}` gives, or: "
             + "; ".join(remedy for _, remedy in missing)
         )
-    return _compare_versions(conn, schema=schema)
+    warnings = [_compare_versions(conn, schema=schema, line=line) for line in _lines(conn, schema=schema)]
+    return "; ".join(filter(None, warnings)) or None
 
 
-def _compare_versions(conn: Connection, *, schema: str) -> str | None:
-    states = migrate.status(conn, schema=schema)
+def _lines(conn: Connection, *, schema: str) -> list[str]:
+    """Give the lines of migrations that *schema* has; one that is on its way to partitions works as it did before."""
+    with translated_errors(), conn.transaction():
+        [(is_partitioned,)] = conn.execute(statement("partition_exists", schema=schema)).fetchall()
+    return ["outbox", "partitioned"] if is_partitioned else ["outbox"]
+
+
+def _compare_versions(conn: Connection, *, schema: str, line: str) -> str | None:
+    states = migrate.status(conn, schema=schema, line=line)
     pending = [str(state) for state in states if state.state == "pending"]
     if pending and len(pending) < len(states):
+        flag = " --partitioned" if line == "partitioned" else ""
         raise SchemaMismatch(
             f"schema {schema!r} is older than this version and waits for {', '.join(pending)}: "
-            "run `outbox-relay migrate apply`"
+            f"run `outbox-relay migrate apply{flag}`"
         )
     unknown = [str(state) for state in states if state.state == "unknown"]
     if unknown:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
 SHARDS = 16
+_FEWER = 16
 _MESSAGE_FIELDS = len(Message._fields)
 
 
@@ -31,7 +32,7 @@ class ClaimOptions:
         messages: Rows of a batch; its memory grows with it.
         stored_bytes: Bytes of a batch as stored, known before payloads are read; each shard may exceed its part by one
             message.
-        readable_bytes: A message stored in more bytes comes without its payload.
+        readable_bytes: A message that takes more bytes, in the table or as text, comes without its contents.
         shards: Shards of a batch, so that the other lanes find work too.
         lock_timeout: Wait for a message that somebody else has locked.
         transaction_timeout: PostgreSQL ends a transaction that is idle for longer: the fence against a paused relay.
@@ -103,6 +104,7 @@ class Batch:
         drained: Shards in which nothing was left to claim.
         waiting: Shards that have messages which this claim did not take: another lane holds them.
         began_at: When the transaction began, in seconds since 1970 on the database's clock.
+        is_cut: A message that takes far more bytes as text than in the table has ended the batch in its shard.
     """
 
     messages: list[Message]
@@ -110,29 +112,48 @@ class Batch:
     drained: list[int]
     waiting: list[int]
     began_at: float = 0.0
+    is_cut: bool = False
 
     @property
     def stored_bytes(self) -> int:
-        """What the messages take in the table."""
+        """What the messages take, in the table or as text."""
         return sum(map(attrgetter("stored_bytes"), self.messages))
 
     def may_have_more(self, options: ClaimOptions) -> bool:
         """Tell whether a limit of *options* may have ended the claim in one of its shards."""
         return (
-            len(self.messages) * options.shards >= options.messages
+            self.is_cut
+            or len(self.messages) * options.shards >= options.messages
             or self.stored_bytes * options.shards >= options.stored_bytes
         )
 
 
-def next_limits(options: ClaimOptions, batch: Batch, *, most: int) -> ClaimOptions:
+def next_limits(options: ClaimOptions, batch: Batch, *, most: ClaimOptions) -> ClaimOptions:
     """
     Ask for fewer messages after a batch that was ended by its bytes, and for up to *most* again afterwards.
 
     Messages beyond the bytes are locked and given back by every claim: with large payloads most of the work.
     """
-    was_cut = batch.stored_bytes * 2 >= options.stored_bytes and len(batch.messages) < options.messages
-    wanted = max(2 * len(batch.messages), options.shards) if was_cut else min(most, 2 * options.messages)
-    return options if wanted == options.messages else replace(options, messages=wanted)
+    is_full = batch.stored_bytes * 2 >= options.stored_bytes and len(batch.messages) < options.messages
+    wanted = max(2 * len(batch.messages), most.shards) if batch.is_cut or is_full else 2 * options.messages
+    return replace(most, messages=min(wanted, most.messages))
+
+
+def fewer(options: ClaimOptions, *, is_too_large: bool) -> ClaimOptions:
+    """
+    Ask for fewer messages after a turn that failed, in the end for one; `next_limits` asks for more again.
+
+    If one is still too large to be answered with, ask for it without its contents. PostgreSQL makes no text of a
+    gigabyte, and a hundred kilobytes of jsonb may have one: the claim that such a message is in fails. It has to be
+    found, so that all others pass.
+    """
+    messages = options.messages // _FEWER
+    if messages >= options.shards:
+        return replace(options, messages=messages)
+    is_alone = options.messages == options.shards == 1
+    return replace(
+        options, messages=1, shards=1, readable_bytes=0 if is_alone and is_too_large else options.readable_bytes
+    )
 
 
 def claim(
@@ -156,6 +177,7 @@ def claim(
     Raises:
         DatabaseUnavailable: The connection broke; nothing is claimed.
         DatabaseConflict: A row stayed locked for longer than the lock time-out; nothing is claimed.
+        AnswerTooLarge: A text would be longer than PostgreSQL allows: ask for `fewer`.
     """
     parameters = claim_parameters(options, through=through, floors=floors, held_types=held_types)
     take = statement("claim", schema=options.schema)
@@ -164,6 +186,8 @@ def claim(
         # that, and the transaction of a frozen relay would never be ended.
         began_at = _last_value(connection.execute(begin_statement(options)))
         batch = _batch(connection.execute(take, parameters, prepare=True).fetchall(), began_at=began_at)
+        if None in map(attrgetter("headers"), batch.messages):
+            batch = _cut(batch, readable_bytes=options.readable_bytes)
         if not batch.messages:
             connection.commit()  # not a rollback, after which the driver prepares the claim anew
     return batch
@@ -208,3 +232,13 @@ def _batch(rows: Sequence[TupleRow], *, began_at: float) -> Batch:
             waiting.append(shard)
     messages.sort(key=attrgetter("sequence_no"))
     return Batch(messages, generations, drained, waiting, began_at)
+
+
+def _cut(batch: Batch, *, readable_bytes: int) -> Batch:
+    """Take from *batch* what comes in its shard from a message on that can be read, and was not."""
+    first_nos: dict[int, int] = {}
+    for message in batch.messages:
+        if message.headers is None and message.stored_bytes <= readable_bytes:
+            first_nos.setdefault(message.shard, message.sequence_no)
+    kept = [each for each in batch.messages if each.sequence_no < first_nos.get(each.shard, each.sequence_no + 1)]
+    return replace(batch, messages=kept, is_cut=bool(first_nos))

@@ -17,8 +17,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from outbox_relay.database import roll_back
-from outbox_relay.errors import DatabaseConflict, DatabaseUnavailable, KafkaUnavailable, OutboxRelayError
-from outbox_relay.relay.claim import Batch, ClaimOptions, Floors, claim, next_limits
+from outbox_relay.errors import (
+    AnswerTooLarge,
+    DatabaseConflict,
+    DatabaseUnavailable,
+    KafkaUnavailable,
+    OutboxRelayError,
+)
+from outbox_relay.relay.claim import Batch, ClaimOptions, Floors, claim, fewer, next_limits
+from outbox_relay.relay.failpoints import DISARMED, Failpoints
 from outbox_relay.relay.failures import Backoff, Failure, Outcome, Scope
 from outbox_relay.relay.holds import HeldTopics
 from outbox_relay.relay.message import Addressing, OnPoison, prepare
@@ -57,6 +64,7 @@ class LaneOptions:
         on_poison: Park the later messages of a key behind a message that Kafka will never take, or skip that one only.
         publish_deadline: Seconds from the claim to the last acknowledgement that is waited for.
         sweep_interval: Seconds between claims that look at every unpublished message again, for late ones.
+        failpoints: What a test of faults wants to happen.
     """
 
     claim: ClaimOptions = field(default_factory=ClaimOptions)
@@ -65,6 +73,7 @@ class LaneOptions:
     on_poison: OnPoison = "park"
     publish_deadline: float = 15.0
     sweep_interval: float = 5.0
+    failpoints: Failpoints = DISARMED
 
 
 class Lane:
@@ -96,6 +105,7 @@ class Lane:
         self._kafka_is_ready = False
         self._rebuilt_producers = 0
         self._limits = options.claim
+        self._reach = options.failpoints.reach
         self._forget()
 
     @property
@@ -139,10 +149,13 @@ class Lane:
             self._count_rebuilt_producers()
             try:
                 self._probe_held_topics()
+                for topic, partitions in self._publisher.changed_partitions().items():
+                    self._telemetry.partitions_changed(topic, partitions=partitions)
                 through = self._await_work()
                 if through is not None and not self._stop.is_set():
                     self._turn(connection, through=through)
             except DatabaseConflict as error:
+                self._limits = fewer(self._limits, is_too_large=isinstance(error, AnswerTooLarge))
                 roll_back(connection)
                 self._telemetry.claim_conflicted(self.name, error)
                 self._stop.wait(self._conflict_backoff.next_pause(self._chance))
@@ -166,6 +179,7 @@ class Lane:
         """Claim, publish, settle, commit. Nothing is remembered before the commit: what fails is claimed again."""
         started = time.monotonic()
         swept_floors = self._begin_sweep(now=started)
+        self._reach("before_claim")
         batch = claim(
             connection,
             options=self._limits,
@@ -181,12 +195,15 @@ class Lane:
         if not batch.messages:
             self._remember(batch, Settlement(), {}, through=through)
             return
+        self._reach("after_claim")
         self._telemetry.beat(self.name)
         outcomes = self._publish(batch.messages, deadline=started + self._options.publish_deadline)
         published = time.monotonic()
         self._telemetry.beat(self.name)
+        self._reach("before_settle")
         settlement = decide(batch.messages, outcomes, on_poison=self._options.on_poison)
         generations = self._settle(connection, settlement, acknowledged=outcomes.count(None))
+        self._reach("after_commit")
         self._remember(batch, settlement, generations, through=through)
         self._telemetry.batch_published(
             self.name,
@@ -214,6 +231,7 @@ class Lane:
             )
         except Exception as error:
             self._telemetry.messages_republished(acknowledged, cause=_LOST_MARKS.get(type(error), "error"))
+            self._limits = fewer(self._limits, is_too_large=False)  # which are sent again if they are refused again
             raise
         self._telemetry.messages_republished(acknowledged - len(settlement.published), cause="order")
         return generations
@@ -241,7 +259,7 @@ class Lane:
             self._claim_at = time.monotonic() + _RETRY_CLAIM_SECONDS
         elif not batch.messages:
             self.drained_through = through
-        self._limits = next_limits(self._limits, batch, most=self._options.claim.messages)
+        self._limits = next_limits(self._limits, batch, most=self._options.claim)
         self._conflict_backoff.reset()
 
     def _begin_sweep(self, *, now: float) -> list[int] | None:

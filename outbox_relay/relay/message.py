@@ -33,8 +33,8 @@ class Message(NamedTuple):
     One row of the outbox as the claim returns it; a named tuple because hundreds of thousands are made a second.
 
     `payload` is the text of the jsonb column, never parsed again; `headers` is the text of a JSON object;
-    `stored_bytes` is what payload and headers take in the table. A message of more than the claim's `readable_bytes`
-    comes without its payload.
+    `stored_bytes` is what payload and headers take, in the table or as text. A message of more than the claim's
+    `readable_bytes` comes without them.
     """
 
     id: int
@@ -46,7 +46,7 @@ class Message(NamedTuple):
     event_type: str
     payload: str | None
     payload_bytes: bytes | None
-    headers: str
+    headers: str | None
     created_at_ms: int
     stored_bytes: int
     is_unordered: bool
@@ -80,7 +80,7 @@ class Addressing:
         source: Which outbox messages come from; together with `sequence_no` it names a message for ever.
         envelope: How the headers say what a message is.
         replay: Name of the replay that the messages are part of; empty, they are published for the first time.
-        readable_bytes: Messages stored in more bytes than this come without their payload and cannot be sent.
+        readable_bytes: Messages that take more bytes than this come without their contents and cannot be sent.
         is_ordered: False adds the header `unordered` to every message: numbers say nothing about order then.
 
     Raises:
@@ -129,9 +129,10 @@ class Addressing:
         Raises:
             Unpublishable: A header, the size or the time stamp is none that Kafka accepts.
         """
-        if message.stored_bytes > self.readable_bytes:
+        if message.headers is None:
             raise Unpublishable(
-                f"the message is stored in {message.stored_bytes:,} bytes: shrink it or send a reference"
+                f"the message takes {message.stored_bytes:,} bytes, or more once its numbers are written out: shrink it"
+                " or send a reference"
             )
         if message.created_at_ms <= 0:  # librdkafka takes 0 for "now"
             raise Unpublishable("created_at is not after 1970-01-01, as a Kafka timestamp has to be")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 from contextlib import suppress
@@ -14,6 +15,7 @@ from confluent_kafka.cimpl import Producer  # tracing tools replace the other na
 
 from outbox_relay.errors import ConfigurationError, KafkaUnavailable
 from outbox_relay.kafka_admin import find_refusal
+from outbox_relay.relay.failpoints import DISARMED
 from outbox_relay.relay.failures import NO_REPORT, WITHDRAWN, Failure, Outcome, Scope, scope_of
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from confluent_kafka import Message as DeliveredMessage
+    from confluent_kafka.admin import ClusterMetadata
 
+    from outbox_relay.relay.failpoints import Failpoints
     from outbox_relay.relay.message import Record
 
     ReadConfig = Callable[[], Mapping[str, "ProducerSetting"]]
@@ -36,6 +40,7 @@ _WITHDRAWING_CODES = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT", "_FATAL"})
 _TOO_LARGE = "MSG_SIZE_TOO_LARGE"
 _WRONG_TIME = "INVALID_TIMESTAMP"
 _DEFAULT_MESSAGE_BYTES = 1_000_000
+_DEFAULT_REFRESH_MS = 300_000
 _ERRORS_KEPT = 100
 _SINGLY: dict[str, ProducerSetting] = {"enable.gapless.guarantee": False, "linger.ms": 0, "batch.num.messages": 1}
 
@@ -52,11 +57,16 @@ class Publisher:
     credentials and certificates that were rotated meanwhile.
     """
 
-    def __init__(self, read_config: ReadConfig, *, logger: logging.Logger | None = None) -> None:
-        self._together = _Sender(read_config, is_single=False, logger=logger)
-        self._singly = _Sender(read_config, is_single=True, logger=logger)
+    def __init__(
+        self, read_config: ReadConfig, *, logger: logging.Logger | None = None, failpoints: Failpoints = DISARMED
+    ) -> None:
+        self._together = _Sender(read_config, is_single=False, logger=logger, failpoints=failpoints)
+        self._singly = _Sender(read_config, is_single=True, logger=logger, failpoints=failpoints)
         self._alone_until: dict[str, float] = {}
         self._known_topics: set[str] = set()
+        self._partitions: dict[str, int] = {}
+        self._told_partitions: dict[str, int] = {}
+        self._look_at = 0.0
 
     @property
     def producers_rebuilt(self) -> int:
@@ -70,7 +80,7 @@ class Publisher:
         Raises:
             KafkaUnavailable: No broker answered within five seconds.
         """
-        self._together.metadata_error(next(iter(self._known_topics), None), timeout=_METADATA_SECONDS)
+        self._together.read_metadata(next(iter(self._known_topics), None), timeout=_METADATA_SECONDS)
 
     def unavailable(self, topics: Iterable[str], *, timeout: float = _METADATA_SECONDS) -> dict[str, Failure]:
         """
@@ -83,14 +93,37 @@ class Publisher:
         """
         failures = {}
         for topic in set(topics) - self._known_topics:
-            error = self._together.metadata_error(topic, timeout=timeout)
+            metadata = self._together.read_metadata(topic, timeout=timeout).topics[topic]
+            error = metadata.error
             if error is None:
                 self._known_topics.add(topic)
+                self._partitions[topic] = len(metadata.partitions)
+                self._told_partitions.setdefault(topic, len(metadata.partitions))
             else:
                 failures[topic] = Failure(
                     Scope.TOPIC, error.name(), f'topic "{topic}": {error.str()}; create it or grant access'
                 )
         return failures
+
+    def changed_partitions(self) -> dict[str, int]:
+        """
+        Give the number of partitions of those topics that have another one since the last call.
+
+        Topics are asked about as often as librdkafka does for itself, by topic.metadata.refresh.interval.ms; until it
+        is time, the answer is empty.
+
+        Raises:
+            KafkaUnavailable: No broker answered within five seconds.
+        """
+        now = time.monotonic()
+        if now < self._look_at:
+            return {}
+        self._look_at = now + self._together.refresh_seconds
+        self._known_topics.clear()
+        self.unavailable(self._partitions)
+        changed = dict(self._partitions.items() - self._told_partitions.items())
+        self._told_partitions = dict(self._partitions)
+        return changed
 
     def publish(self, records: Sequence[Record], *, deadline: float) -> list[Outcome]:
         """
@@ -157,25 +190,34 @@ class _Sender:
     a topic that took 2,000 bytes got the last 10 of 100 messages of a key and refused the 90 before.
     """
 
-    def __init__(self, read_config: ReadConfig, *, is_single: bool, logger: logging.Logger | None) -> None:
+    def __init__(
+        self, read_config: ReadConfig, *, is_single: bool, logger: logging.Logger | None, failpoints: Failpoints
+    ) -> None:
         self._read_config = read_config
         self._is_single = is_single
         self._logger = logger
+        self._failpoints = failpoints
         self._config: Mapping[str, ProducerSetting] = {}
         self._errors: deque[KafkaError] = deque(maxlen=_ERRORS_KEPT)
         self._producer: Producer | None = None
         self.producers_built = 0
 
-    def metadata_error(self, topic: str | None, *, timeout: float) -> KafkaError | None:
+    @property
+    def refresh_seconds(self) -> float:
+        """How often librdkafka asks for the partitions of topics; infinite when it is told not to."""
+        milliseconds = float(self._config.get("topic.metadata.refresh.interval.ms", _DEFAULT_REFRESH_MS))
+        return milliseconds / 1000 if milliseconds > 0 else math.inf
+
+    def read_metadata(self, topic: str | None, *, timeout: float) -> ClusterMetadata:
         """Give the brokers' word on *topic*, or on nothing in particular; raise KafkaUnavailable if none answers."""
         wanted = {"topic": topic} if topic else {}
         producer = self._open()
         self._errors.clear()
         try:
-            metadata = producer.list_topics(**wanted, timeout=timeout)
+            metadata: ClusterMetadata = producer.list_topics(**wanted, timeout=timeout)
         except KafkaException as error:
             raise self._why_silent(producer, error.args[0], timeout=timeout) from error
-        return metadata.topics[topic].error if topic else None
+        return metadata
 
     def _why_silent(self, producer: Producer, error: KafkaError, *, timeout: float) -> KafkaUnavailable:
         """
@@ -202,6 +244,7 @@ class _Sender:
         self._errors.clear()
         errors: dict[int, KafkaError] = {}
         self._hand_over(producer, records, indexes, outcomes, errors, deadline=deadline)
+        self._failpoints.reach("after_produce")
         interruption = self._await_reports(producer, deadline=deadline)
         for index, error in errors.items():
             outcomes[index] = self._failure_reported(error)
@@ -233,6 +276,7 @@ class _Sender:
     ) -> None:
         """Give the records to librdkafka's queue, in order; stop at the deadline or a full queue."""
         produce, now = producer.produce, time.monotonic
+        take_report = self._failpoints.after(_take_report, point="after_report")
         stopped_keys: set[tuple[str, str]] = set()
         for index in indexes:
             topic, key, value, headers, timestamp_ms = records[index]
@@ -245,7 +289,7 @@ class _Sender:
                     topic,
                     value,
                     key,
-                    on_delivery=partial(_take_report, outcomes, errors, index),
+                    on_delivery=partial(take_report, outcomes, errors, index),
                     timestamp=timestamp_ms,
                     headers=headers,
                 )

@@ -12,7 +12,10 @@
 -- "owned" compares the generation it locked with the one in the snapshot: if another relay parked or an operator
 -- released messages in between, what this snapshot says about parked keys is out of date and the shard is left alone.
 --
--- A payload far beyond what Kafka takes is not read at all: stored_bytes tells, and the caller parks it.
+-- A message far beyond what Kafka takes comes without its contents: stored_bytes tells, and the caller parks it. It can
+-- be as text that it is so large, for jsonb has the number 1e131071 in 12 bytes. That is known only when the text is
+-- made, so of messages that grow beyond 16 kB and eight times their bytes a shard gives one, as its first; a later one
+-- comes without its contents too, and is for another claim. OFFSET 0 keeps the text from being made twice.
 --
 -- The window has no ORDER BY: it would sort messages that come in order, and it only bounds the bytes.
 WITH probe AS MATERIALIZED (
@@ -62,11 +65,11 @@ SELECT
     message.aggregate_type,
     message.aggregate_id,
     message.event_type,
-    CASE WHEN message.stored_bytes <= %(readable_bytes)s THEN message.payload::text END AS payload,
-    CASE WHEN message.stored_bytes <= %(readable_bytes)s THEN message.payload_bytes END AS payload_bytes,
-    message.headers::text,
+    CASE WHEN contents.are_given THEN message.payload_text END AS payload,
+    CASE WHEN contents.are_given THEN message.payload_bytes END AS payload_bytes,
+    CASE WHEN contents.are_given THEN message.headers_text END AS headers,
     (extract(epoch FROM message.created_at) * 1000)::bigint AS created_at_ms,
-    message.stored_bytes,
+    greatest(message.stored_bytes, text.bytes) AS stored_bytes,
     message.transaction_id IN (SELECT transaction_id FROM {schema}.outbox_unordered) AS is_unordered,
     owned.has_parked AND EXISTS (
         SELECT FROM {schema}.outbox AS earlier
@@ -82,33 +85,49 @@ FROM probe
 LEFT JOIN owned ON owned.shard = probe.shard AND owned.is_current
 LEFT JOIN LATERAL (
     SELECT
-        locked.*,
-        sum(locked.stored_bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+        bounded.*,
+        CASE WHEN bounded.stored_bytes <= %(readable_bytes)s THEN bounded.payload::text END AS payload_text,
+        CASE WHEN bounded.stored_bytes <= %(readable_bytes)s THEN bounded.headers::text END AS headers_text
     FROM (
         SELECT
-            outbox.id,
-            outbox.sequence_no,
-            outbox.message_id,
-            outbox.aggregate_type,
-            outbox.aggregate_id,
-            outbox.event_type,
-            outbox.payload,
-            outbox.payload_bytes,
-            outbox.headers,
-            outbox.created_at,
-            outbox.transaction_id,
-            coalesce(pg_column_size(outbox.payload), 0)
-            + coalesce(pg_column_size(outbox.payload_bytes), 0)
-            + pg_column_size(outbox.headers) AS stored_bytes
-        FROM {schema}.outbox
-        WHERE outbox.shard = owned.shard
-            AND outbox.published_at IS NULL
-            AND outbox.parked_at IS NULL
-            AND outbox.sequence_no > owned.floor
-            AND outbox.sequence_no <= %(through)s
-            AND outbox.aggregate_type <> ALL (%(held_types)s::text[])
-        ORDER BY outbox.sequence_no
-        LIMIT (SELECT ceil(%(batch_size)s::numeric / greatest(count(*), 1)) FROM owned)
-        FOR UPDATE OF outbox
-    ) AS locked
-) AS message ON coalesce(message.bytes_before, 0) < (SELECT %(batch_bytes)s::bigint / greatest(count(*), 1) FROM owned)
+            locked.*,
+            sum(locked.stored_bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+        FROM (
+            SELECT
+                outbox.id,
+                outbox.sequence_no,
+                outbox.message_id,
+                outbox.aggregate_type,
+                outbox.aggregate_id,
+                outbox.event_type,
+                outbox.payload,
+                outbox.payload_bytes,
+                outbox.headers,
+                outbox.created_at,
+                outbox.transaction_id,
+                coalesce(pg_column_size(outbox.payload), 0)
+                + coalesce(pg_column_size(outbox.payload_bytes), 0)
+                + pg_column_size(outbox.headers) AS stored_bytes
+            FROM {schema}.outbox
+            WHERE outbox.shard = owned.shard
+                AND outbox.published_at IS NULL
+                AND outbox.parked_at IS NULL
+                AND outbox.sequence_no > owned.floor
+                AND outbox.sequence_no <= %(through)s
+                AND outbox.aggregate_type <> ALL (%(held_types)s::text[])
+            ORDER BY outbox.sequence_no
+            LIMIT (SELECT ceil(%(batch_size)s::numeric / greatest(count(*), 1)) FROM owned)
+            FOR UPDATE OF outbox
+        ) AS locked
+    ) AS bounded
+    WHERE coalesce(bounded.bytes_before, 0) < (SELECT %(batch_bytes)s::bigint / greatest(count(*), 1) FROM owned)
+    OFFSET 0
+) AS message ON true
+CROSS JOIN LATERAL (
+    SELECT greatest(octet_length(message.payload_text), octet_length(message.headers_text)) AS bytes
+) AS text
+CROSS JOIN LATERAL (
+    SELECT text.bytes <= 16384
+        OR text.bytes <= 8 * message.stored_bytes
+        OR message.bytes_before IS NULL AND text.bytes <= %(readable_bytes)s AS are_given
+) AS contents

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING, cast
 
 import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 
 from outbox_relay.consumer import message_from
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.outbox import insert
 from tests.integration.test_publish import written
 
@@ -28,9 +28,8 @@ NO_EVENT = (
 
 
 def run_once(pipeline: Pipeline, **settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "outbox_relay", "run", "--once"]
-    environment = os.environ | pipeline.environment(**settings)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    command, variables = outbox_relay("run", "--once"), os.environ | pipeline.environment(**settings)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
 def orders(pipeline: Pipeline) -> list[KafkaRecord]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fixtures.daemon import outbox_relay
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,10 +19,10 @@ SECRET = "hunter2"  # noqa: S105 -- what must not be shown
 BROKER = {"OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:1"}
 
 
-def outbox_relay(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_RELAY_")}
     return subprocess.run(
-        [sys.executable, "-m", "outbox_relay", *arguments],
+        outbox_relay(*arguments),
         env=environment | variables,
         capture_output=True,
         text=True,
@@ -29,12 +31,13 @@ def outbox_relay(*arguments: str, **variables: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.outside("it reads files of the test")
 def test_show_names_the_source_of_every_value(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
     file.write_text('settle = "delete"\n[kafka]\n"linger.ms" = 7\n')
     (tmp_path / "dsn").write_text(f"postgresql://u:{SECRET}@h/d\n")
 
-    shown = outbox_relay(
+    shown = run(
         *("config", "show", "--json", "--config", str(file), "--batch-size", "7", "--synchronous-commit"),
         OUTBOX_RELAY_LANES="3",
         OUTBOX_RELAY_DATABASE_URL_FILE=str(tmp_path / "dsn"),
@@ -57,7 +60,7 @@ def test_show_names_the_source_of_every_value(tmp_path: Path) -> None:
 
 
 def test_show_for_people_is_a_line_per_setting() -> None:
-    shown = outbox_relay("config", "show", OUTBOX_RELAY_LANES="3", **BROKER)
+    shown = run("config", "show", OUTBOX_RELAY_LANES="3", **BROKER)
 
     lines = [line.split() for line in shown.stdout.splitlines()]
     assert shown.returncode == 0
@@ -66,7 +69,7 @@ def test_show_for_people_is_a_line_per_setting() -> None:
 
 
 def test_show_prints_the_settings_even_when_librdkafka_refuses_them() -> None:
-    shown = outbox_relay("config", "show", "--json", OUTBOX_RELAY_KAFKA__SASL_PASWORD=SECRET, **BROKER)
+    shown = run("config", "show", "--json", OUTBOX_RELAY_KAFKA__SASL_PASWORD=SECRET, **BROKER)
 
     assert shown.returncode == 3
     assert json.loads(shown.stdout)["OUTBOX_RELAY_KAFKA__SASL_PASWORD"]["value"] == "********"
@@ -80,14 +83,14 @@ def test_show_prints_the_settings_even_when_librdkafka_refuses_them() -> None:
     "variable", ["DATABASE_URL", "TOPIC_MAP", "QQQ", "KAFKA", "KAFKA__ACKS", "KAFKA__SSL_KEY_PEM", "SECRETS_DIR"]
 )
 def test_no_error_contains_a_secret_that_went_into_the_wrong_variable(variable: str) -> None:
-    shown = outbox_relay("config", "show", **{f"OUTBOX_RELAY_{variable}": f"pass {SECRET}", "OUTBOX_RELAY_LANES": "99"})
+    shown = run("config", "show", **{f"OUTBOX_RELAY_{variable}": f"pass {SECRET}", "OUTBOX_RELAY_LANES": "99"})
 
     assert shown.returncode == 3
     assert variable == "SECRETS_DIR" or SECRET not in shown.stdout + shown.stderr
 
 
 def test_every_problem_is_told_on_stderr_at_once() -> None:
-    shown = outbox_relay("config", "show", OUTBOX_RELAY_LANES="99", OUTBOX_RELAY_LANEZ="1")
+    shown = run("config", "show", OUTBOX_RELAY_LANES="99", OUTBOX_RELAY_LANEZ="1")
 
     assert (shown.returncode, shown.stdout) == (3, "")
     assert shown.stderr.splitlines() == [
@@ -97,7 +100,7 @@ def test_every_problem_is_told_on_stderr_at_once() -> None:
 
 
 def test_schema_is_the_json_schema_of_the_toml_file() -> None:
-    schema = json.loads(outbox_relay("config", "schema").stdout)
+    schema = json.loads(run("config", "schema").stdout)
 
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["additionalProperties"] is False
@@ -105,16 +108,16 @@ def test_schema_is_the_json_schema_of_the_toml_file() -> None:
 
 
 def test_a_wrong_option_is_a_usage_error() -> None:
-    assert outbox_relay("config", "show", "--settle", "burn").returncode == 2
+    assert run("config", "show", "--settle", "burn").returncode == 2
 
 
 def test_no_secret_can_be_given_on_the_command_line() -> None:
-    assert outbox_relay("config", "show", "--database-url", SECRET).returncode == 2
+    assert run("config", "show", "--database-url", SECRET).returncode == 2
 
 
 def test_version_and_help_need_no_settings() -> None:
-    assert outbox_relay("--version").stdout.startswith("outbox-relay, version ")
-    assert outbox_relay("config", "-h").returncode == 0
+    assert run("--version").stdout.startswith("outbox-relay, version ")
+    assert run("config", "-h").returncode == 0
 
 
 def test_reading_the_settings_does_not_load_librdkafka() -> None:

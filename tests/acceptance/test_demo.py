@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,9 @@ from confluent_kafka.admin import AdminClient
 
 from outbox_relay.cli import cli
 from outbox_relay.sandbox.demo import Report
-from outbox_relay.sandbox.history import History, Outcome, Record, Row, State, Write, judge
+from outbox_relay.sandbox.history import History, Outcome, Record, Row, State, Write
+from outbox_relay.sandbox.judge import judge
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
     from outbox_relay.sandbox.kafka import Kafka
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.outside("the demo brings a PostgreSQL, which the image has not")]
 
-COMMAND = (sys.executable, "-m", "outbox_relay", "demo", "--seconds=5")
+COMMAND = outbox_relay("demo", "--seconds=5")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from outbox_relay.sandbox.ports import ReservedPort
-from tests.fixtures.daemon import Daemon, outbox_relay
+from tests.fixtures.daemon import AWAY, Daemon, outbox_relay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,12 +23,7 @@ NOT_READY = ["database has not been reached yet", "kafka has not been reached ye
 def port() -> Iterator[int]:
     """The port of a relay that is alive, and whose database is away."""
     reserved = ReservedPort()
-    environment = {
-        "OUTBOX_RELAY_DATABASE_URL": "host=127.0.0.1 port=1",
-        "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:1",
-        "OUTBOX_RELAY_METRICS_PORT": str(reserved.number),
-    }
-    with Daemon(environment) as relay:
+    with Daemon(AWAY | {"OUTBOX_RELAY_METRICS_PORT": str(reserved.number)}) as relay:
         relay.wait_for_event("database_lost")
         yield reserved.number
 

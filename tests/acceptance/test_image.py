@@ -1,4 +1,4 @@
-"""The image: what it holds, what an engine is told, and the acceptance tests with every relay inside."""
+"""The image: what it holds, what an engine is told, and how a relay runs inside; `--image` runs the others there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ import pytest
 
 from outbox_relay import __version__
 from outbox_relay.sandbox.ports import ReservedPort
-from tests.acceptance.test_kills import (  # noqa: F401 -- collected here too
-    test_sigterm_under_load_finishes_the_batches_in_hand,
-)
-from tests.acceptance.test_migrate_command import (  # noqa: F401 -- the same
-    test_status_exits_with_5_until_apply_has_run,
-)
-from tests.acceptance.test_run_command import (  # noqa: F401 -- the same
-    login,
-    test_no_secret_reaches_the_log,
-    test_once_publishes_what_is_there_and_exits_with_0,
-    test_the_group_role_can_do_all_that_the_relay_does,
-)
 from tests.fixtures.daemon import Daemon
 from tests.fixtures.image import CHECKOUT, REVISION
 from tests.fixtures.load import commit_messages

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from confluent_kafka import KafkaException
 
+from tests.fixtures.daemon import outbox_relay
+
 if TYPE_CHECKING:
     from outbox_relay.sandbox.kafka import Kafka
     from tests.fixtures.postgres import Database
@@ -81,7 +83,7 @@ def test_what_the_python_snippet_writes_is_published_by_the_commands_of_the_read
         "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
     }
     for command in (["run", "--once"], ["status"], ["doctor"]):
-        subprocess.run([sys.executable, "-m", "outbox_relay", *command], env=environment, check=True, timeout=60)
+        subprocess.run(outbox_relay(*command), env=environment, check=True, timeout=60)
     assert outbox(shop) == [("order", "4712", "order_placed", {"total": 80}, True)]
 
 
@@ -91,10 +93,6 @@ def test_the_operations_page_names_commands_for_parked_messages_that_exist() -> 
         f"parked {name}" for name in ("list", "show", "edit", "release", "skip")
     }
     for command, arguments in commands:
-        told = subprocess.run(
-            [sys.executable, "-m", "outbox_relay", *command.split(), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        asked = outbox_relay(*command.split(), "--help")
+        told = subprocess.run(asked, capture_output=True, text=True, check=True)
         assert [option for option in re.findall(r"--[a-z-]+", arguments) if option not in told.stdout] == []

@@ -83,7 +83,7 @@ def test_once_exits_with_4_while_kafka_is_away(pipeline: Pipeline) -> None:
 
 
 def test_once_exits_with_4_while_the_database_is_away(pipeline: Pipeline) -> None:
-    finished = run(pipeline, "--once", database_url=f"host=127.0.0.1 port={ReservedPort().number}")
+    finished = run(pipeline, "--once", database_url=f"host=127.0.0.1 port={ReservedPort().number} user=relay")
     assert finished.returncode == 4
     assert "Connection refused" in finished.stderr
 

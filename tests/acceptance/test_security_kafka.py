@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tests.fixtures.postgres import Database
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.outside("it reads files of the test")]
 
 NEW_PASSWORD = "horse correct"  # noqa: S105 -- of servers that live as long as the test
 LONG_SECONDS = 600

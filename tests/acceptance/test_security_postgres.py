@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from outbox_relay.sandbox.kafka import Kafka
     from outbox_relay.sandbox.postgres import PostgresServer
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.outside("it reads files of the test")]
 
 SESSIONS = """
 SELECT DISTINCT client_dn

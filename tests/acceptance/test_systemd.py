@@ -73,6 +73,7 @@ def test_it_leaves_time_to_drain_and_does_not_repeat_what_cannot_work(directives
     assert directives["RestartPreventExitStatus"] == [str(int(ExitCode.CONFIGURATION))]
 
 
+@pytest.mark.outside("it reads files of the test")
 def test_settings_and_credentials_of_the_page_are_read_as_the_unit_passes_them(
     directives: Mapping[str, list[str]], tmp_path: Path
 ) -> None:

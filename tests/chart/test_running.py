@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from ssl import create_default_context
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,8 +12,9 @@ from psycopg.conninfo import make_conninfo
 
 from outbox_relay.config import Settings
 from outbox_relay.sandbox.ports import ReservedPort
+from tests.fixtures.certificates import Authority
 from tests.fixtures.container import Container
-from tests.fixtures.daemon import Daemon
+from tests.fixtures.daemon import AWAY, Daemon
 from tests.fixtures.helm import MINIMAL, given, one
 from tests.fixtures.load import commit_messages
 from tests.fixtures.pipeline import Pipeline
@@ -90,6 +92,23 @@ def test_the_deployment_s_container_publishes_and_answers_its_probes(
         relay.terminate()
         assert relay.wait() == 0
     assert len(pipeline.records()) == 1
+
+
+def test_metrics_are_served_with_the_certificate_of_the_secret(helm: Helm, tmp_path: Path) -> None:
+    port, authority = ReservedPort(), Authority(tmp_path)
+    certificate = authority.issue("relay", address="127.0.0.1")
+    values = {
+        "config.metrics_host": "127.0.0.1",
+        "config.metrics_port": port.number,
+        "database.existingSecret": "login",
+    }
+    rendered = helm.render("--values", MINIMAL, *given(values | {"metrics.tls.certificateSecret": "relay-tls"}))
+    pem = {"tls.crt": certificate.path.read_text(), "tls.key": certificate.key_path.read_text()}
+    secrets = {"login": {"url": AWAY["OUTBOX_RELAY_DATABASE_URL"]}, "relay-tls": pem}
+    container = Container(rendered, one(rendered, "Deployment"), directory=tmp_path, secrets=secrets)
+    with Daemon(container.environment, command=container.command) as relay:
+        relay.wait_for_event("database_lost")
+        assert ask(port.number, "/livez", tls=create_default_context(cafile=authority.path)) == (200, "ok\n")
 
 
 @pytest.mark.kafka

@@ -64,7 +64,7 @@ def test_the_chart_and_the_plain_manifest_make_the_same_settings(
 def test_the_sidecar_restarts_alone_and_never_makes_the_application_unready(plain: list[Manifest]) -> None:
     [sidecar] = pod(plain)["spec"]["initContainers"]
     assert sidecar["restartPolicy"] == "Always"
-    assert sidecar["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "relay-metrics"}
+    assert sidecar["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "relay-metrics", "scheme": "HTTP"}
     assert sidecar.keys() & {"readinessProbe", "startupProbe", "lifecycle"} == set()
 
 

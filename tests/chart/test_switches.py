@@ -122,8 +122,20 @@ def test_a_changed_setting_starts_new_pods(helm: Helm) -> None:
 def test_the_daemon_is_probed_where_the_relay_answers(helm: Helm) -> None:
     [container] = deployed_pod(helm, {"config.metrics_port": 9000})["spec"]["containers"]
     assert container["ports"] == [{"name": "relay-metrics", "containerPort": 9000}]
-    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "relay-metrics"}
-    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "relay-metrics"}
+    where = {"port": "relay-metrics", "scheme": "HTTP"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez"} | where
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz"} | where
+
+
+@pytest.mark.parametrize("value", ["metrics.tls.certificateSecret", "config.metrics_certificate"])
+def test_with_a_certificate_for_metrics_all_that_ask_for_them_use_https(helm: Helm, value: str) -> None:
+    monitor = {"enabled": True, "tlsConfig": {"serverName": "relay"}}
+    rendered = render(helm, {value: "relay-tls", "podMonitor": monitor, "serviceMonitor": monitor})
+    [container] = one(rendered, "Deployment")["spec"]["template"]["spec"]["containers"]
+    [endpoint] = one(rendered, "ServiceMonitor")["spec"]["endpoints"]
+    [pod_endpoint] = one(rendered, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert {container[probe]["httpGet"]["scheme"] for probe in ("livenessProbe", "readinessProbe")} == {"HTTPS"}
+    assert [(of["scheme"], of["tlsConfig"]) for of in (endpoint, pod_endpoint)] == [("https", monitor["tlsConfig"])] * 2
 
 
 def test_selectors_find_the_relays_and_neither_jobs_nor_the_test(helm: Helm) -> None:

@@ -125,6 +125,23 @@ def test_an_older_schema_is_refused_with_what_it_waits_for(admin: Connection, re
     )
 
 
+def test_an_older_partitioned_schema_is_refused_with_what_it_waits_for(admin: Connection, relay: Connection) -> None:
+    for line in ("outbox", "partitioned"):
+        migrate.apply(admin, schema="shop", line=line)
+    assert check_schema(relay, schema="shop") is None
+    admin.execute("DELETE FROM shop.outbox_relay_migration WHERE line = 'partitioned' AND version = 4")
+    assert refusal(relay) == (
+        "schema 'shop' is older than this version and waits for 0004_create_outbox_partition: "
+        "run `outbox-relay migrate apply --partitioned`"
+    )
+
+
+def test_a_schema_on_its_way_to_partitions_is_accepted(admin: Connection, relay: Connection) -> None:
+    migrate.apply(admin, schema="shop")
+    admin.execute("INSERT INTO shop.outbox_relay_migration VALUES ('partitioned', 1, 'bound_ids')")
+    assert check_schema(relay, schema="shop") is None
+
+
 def test_a_newer_schema_is_a_warning(admin: Connection, relay: Connection) -> None:
     migrate.apply(admin, schema="shop")
     admin.execute("INSERT INTO shop.outbox_relay_migration VALUES ('outbox', 9999, 'add_wonder')")

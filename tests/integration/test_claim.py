@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.every_postgres, both_layouts]
 
 SHARD_OF = {"1": 1, "2": 2, "7": 13}  # of the type "order"
 GATE = 4711  # an advisory lock
+LONG_NUMBER = "1e131071"  # 12 bytes as jsonb, 131,072 as text
 
 
 @pytest.fixture
@@ -63,6 +64,12 @@ def take(
     return claim(
         lane, options=options or ClaimOptions(), through=through, floors=floors or Floors(), held_types=held_types
     )
+
+
+def insert_json(writer: Connection, *keys: str, payload: str) -> None:
+    """Insert messages with a payload that Python would write otherwise, or not at all."""
+    for number in insert(writer, *keys):
+        writer.execute("UPDATE outbox SET payload = %s WHERE sequence_no = %s", [payload, number])
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -326,6 +333,32 @@ def test_a_payload_beyond_the_readable_bytes_is_not_read(lane: Connection, write
     batch = take(lane, options=ClaimOptions(readable_bytes=2000))
     assert [message[7:9] for message in batch.messages] == [(None, None), (None, None), (None, b"small")]
     assert batch.messages[0].stored_bytes > 2000
+
+
+def test_a_message_of_more_text_than_the_readable_bytes_is_not_read(lane: Connection, writer: Connection) -> None:
+    insert_json(writer, "1", "2", payload=LONG_NUMBER)
+    insert(writer, "7", headers={"repeated": "x" * 200_000})
+    batch = take(lane, options=ClaimOptions(readable_bytes=100_000))
+    assert [(message.payload, message.headers) for message in batch.messages] == [(None, None)] * 3
+    assert [message.stored_bytes for message in batch.messages] == [131_072, 131_072, 200_016]
+
+
+def test_messages_that_take_far_more_bytes_as_text_come_one_by_one(lane: Connection, writer: Connection) -> None:
+    insert(writer, "1")
+    insert_json(writer, "1", "1", "2", payload=LONG_NUMBER)
+    insert(writer, "1")
+    expected = [([1, 4], True), ([2], True), ([3, 5], False)]
+    for given, has_more in expected:
+        batch = take(lane)
+        assert (numbers(batch), batch.may_have_more(ClaimOptions())) == (given, has_more)
+        assert {len(message.payload or "") for message in batch.messages} <= {0, 131_072}
+        publish(lane, *batch.messages)
+
+
+def test_nothing_is_read_if_no_byte_is_readable(lane: Connection, writer: Connection) -> None:
+    insert(writer, "1", payload={"n": 1})
+    [message] = take(lane, options=ClaimOptions(readable_bytes=0)).messages
+    assert (message.payload, message.headers) == (None, None)
 
 
 def test_a_message_that_somebody_else_locks_ends_in_a_conflict_after_the_lock_timeout(

@@ -119,7 +119,7 @@ def wire_value(message: Message) -> bytes | None:
 
 def event_of(message: Message) -> dict[str, object]:
     """The attributes of the event that *message* is, by the names of the specification."""
-    own = json.loads(message.headers)
+    own = json.loads(message.headers or "{}")
     attributes = {
         "specversion": "1.0",
         "id": message.message_id,

@@ -282,8 +282,7 @@ def test_partitions_move_to_a_member_that_joins_and_back_when_it_leaves(wide_des
         wide_desk.ledger.await_balances(once(messages))
     assert joining.reports.total["processed"] > 0
     total = Counter(wide_desk.reports.total) + Counter(joining.reports.total)
-    # A member that is too slow for the group loses its partitions before it commits: what it had comes once more.
-    assert (total["processed"], total.keys() - {"processed", "duplicates"}) == (300, set())
+    assert total == {"processed": 300}
     assert wide_desk.committed() == 300
 
 

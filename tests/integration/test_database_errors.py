@@ -10,6 +10,7 @@ from psycopg.conninfo import make_conninfo
 
 from outbox_relay.database import connect, translated_errors
 from outbox_relay.errors import (
+    AnswerTooLarge,
     ConfigurationError,
     DatabaseConflict,
     DatabaseUnavailable,
@@ -78,6 +79,7 @@ def test_an_error_of_the_server_is_ours_and_says_what_to_do(
         ("08006", DatabaseUnavailable),
         ("53100", DatabaseUnavailable),
         ("53200", DatabaseUnavailable),
+        ("54000", AnswerTooLarge),
         ("53300", DatabaseUnavailable),
         ("57P01", DatabaseUnavailable),
         ("57P02", DatabaseUnavailable),

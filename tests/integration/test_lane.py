@@ -41,6 +41,9 @@ class Answers:
 
     def probe(self) -> None: ...
 
+    def changed_partitions(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None: ...
 
     def publish(self, records: Sequence[Record], *, deadline: float) -> list[Outcome]:
@@ -115,3 +118,17 @@ def test_producers_that_were_rebuilt_are_counted_once(database: Database, writer
         count = metrics.registry.get_sample_value
         eventually(lambda: count("outbox_relay_rebuilt_producers_total") == 2)
     assert answers.sizes == [1, 1, 1]
+
+
+def test_a_message_that_no_server_can_write_out_is_parked_and_holds_up_no_other(
+    database: Database, writer: Connection
+) -> None:
+    insert(writer, *map(str, range(20)), "guilty", *map(str, range(20)))
+    numbers = ", ".join(["1e131071"] * 8_500)  # 100 kB as jsonb, 1.1 GB as text
+    writer.execute("UPDATE outbox SET payload = %s WHERE aggregate_id = 'guilty'", [f"[{numbers}]"])
+    writer.commit()
+    with running(database, Answers(), Metrics()):
+        eventually(lambda: published(writer) == 40, timeout=120)
+        eventually(lambda: writer.execute("SELECT FROM outbox WHERE parked_at IS NOT NULL").rowcount == 1, timeout=120)
+    [(reason,)] = writer.execute("SELECT parked_reason FROM outbox WHERE parked_at IS NOT NULL").fetchall()
+    assert "once its numbers are written out" in reason

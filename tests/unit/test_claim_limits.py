@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from outbox_relay.relay.claim import SHARDS, Batch, ClaimOptions, Floors, begin_statement, next_limits
+from outbox_relay.relay.claim import SHARDS, Batch, ClaimOptions, Floors, begin_statement, fewer, next_limits
 from tests.fixtures.outbox import message
 
 OPTIONS = ClaimOptions(messages=1000, stored_bytes=1_000_000, shards=4)
@@ -32,17 +33,40 @@ def batch(messages: int, *, stored_bytes: int) -> Batch:
     ids=["empty", "full", "full in both", "below half the bytes", "half the bytes", "cut by bytes", "one per shard"],
 )
 def test_a_batch_that_was_cut_by_its_bytes_halves_the_waste_of_the_next(found: Batch, expected: int) -> None:
-    assert next_limits(OPTIONS, found, most=1000).messages == expected
+    assert next_limits(OPTIONS, found, most=OPTIONS).messages == expected
 
 
 def test_limits_grow_again_up_to_the_most() -> None:
-    limits = next_limits(OPTIONS, batch(100, stored_bytes=1_000_000), most=1000)
+    limits = next_limits(OPTIONS, batch(100, stored_bytes=1_000_000), most=OPTIONS)
     sizes = []
     for _ in range(4):
-        limits = next_limits(limits, batch(10, stored_bytes=100), most=1000)
+        limits = next_limits(limits, batch(10, stored_bytes=100), most=OPTIONS)
         sizes.append(limits.messages)
     assert sizes == [400, 800, 1000, 1000]
     assert limits == OPTIONS
+
+
+def test_limits_grow_again_from_one_message_without_its_contents() -> None:
+    limits = OPTIONS
+    asked = []
+    for _ in range(4):
+        limits = fewer(limits, is_too_large=True)
+        asked.append((limits.messages, limits.shards, limits.readable_bytes))
+    assert asked == [(62, 4, 8_000_000), (1, 1, 8_000_000), (1, 1, 0), (1, 1, 0)]
+    assert next_limits(limits, batch(1, stored_bytes=100_000), most=OPTIONS) == replace(OPTIONS, messages=2)
+
+
+def test_a_claim_that_only_takes_too_long_is_for_one_message_at_least_and_reads_it() -> None:
+    limits = OPTIONS
+    for _ in range(9):
+        limits = fewer(limits, is_too_large=False)
+    assert limits == replace(OPTIONS, messages=1, shards=1)
+
+
+def test_a_batch_that_a_message_has_cut_has_more_and_halves_the_waste_of_the_next() -> None:
+    found = replace(batch(20, stored_bytes=400), is_cut=True)
+    assert found.may_have_more(OPTIONS)
+    assert next_limits(OPTIONS, found, most=OPTIONS).messages == 40
 
 
 @pytest.mark.parametrize(

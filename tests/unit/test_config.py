@@ -134,6 +134,24 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         ({"SETTLE": "delet"}, ["OUTBOX_RELAY_SETTLE: 'delet' is none of 'mark' or 'delete'"]),
         ({"SCHEMA": 'a"; drop'}, ["OUTBOX_RELAY_SCHEMA: 'a\"; drop' is no plain lower-case identifier"]),
         ({"SCHEMA": "a" * 64}, [f"OUTBOX_RELAY_SCHEMA: {'a' * 64!r} is no plain lower-case identifier"]),
+        (
+            {"FAILPOINTS": "after_claim=kill"},
+            [
+                (
+                    "OUTBOX_RELAY_FAILPOINTS: makes the relay fail: remove it, or set"
+                    " OUTBOX_RELAY_ALLOW_FAILPOINTS=true to mean it"
+                )
+            ],
+        ),
+        (
+            {"FAILPOINTS": "after_claim=explode", "ALLOW_FAILPOINTS": "true"},
+            [
+                (
+                    "OUTBOX_RELAY_FAILPOINTS: 'after_claim=explode' does nothing known: use kill, stop, raise or"
+                    " sleep:SECONDS"
+                )
+            ],
+        ),
         ({"LANEZ": "2"}, ["OUTBOX_RELAY_LANEZ: unknown setting; did you mean OUTBOX_RELAY_LANES?"]),
         ({"QQQ": SECRET}, ["OUTBOX_RELAY_QQQ: unknown setting"]),
         ({"LANES__X": "2"}, ["OUTBOX_RELAY_LANES__X: unknown setting; did you mean OUTBOX_RELAY_LANES?"]),
@@ -250,6 +268,16 @@ def test_a_canary_that_is_mapped_to_an_allowed_topic_is_taken(monkeypatch: pytes
     monkeypatch.setenv("OUTBOX_RELAY_TOPIC_MAP", '{"outbox-relay-canary": "health"}')
     monkeypatch.setenv("OUTBOX_RELAY_CANARY_INTERVAL", "60")
     assert load().settings.canary_interval == 60.0
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [("METRICS_CERTIFICATE", "METRICS_CERTIFICATE_KEY"), ("METRICS_CERTIFICATE_KEY", "METRICS_CERTIFICATE")],
+)
+def test_a_certificate_and_its_key_go_together(monkeypatch: pytest.MonkeyPatch, given: str, missing: str) -> None:
+    assert refused(monkeypatch, {given: "/etc/relay/tls"}) == [
+        f"OUTBOX_RELAY_{missing}: not set: a certificate and its key go together"
+    ]
 
 
 def test_a_message_timeout_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

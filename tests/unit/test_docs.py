@@ -53,3 +53,11 @@ def test_every_test_that_is_named_exists(page: Path) -> None:
     named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert sorted(named - set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))) == []
+
+
+@pytest.mark.parametrize("section", ["Process", "PostgreSQL", "Kafka", "Consumer"])
+def test_every_fault_of_the_catalogue_names_a_test(section: str) -> None:
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 3
+    assert [row for row in rows if not re.search(r"\| `test_\w+`(, `test_\w+`)* \|$", row)] == []

@@ -160,6 +160,19 @@ def test_an_older_schema_fails_and_a_newer_one_warns(states: list[State], status
     assert bool(check.remedy) == (status != "OK")
 
 
+def test_partitions_have_a_version_once_their_migrations_have_begun() -> None:
+    begun, pending = MigrationState(1, "make", "applied", None), MigrationState(2, "make", "pending", None)
+    assert list(postgres.check_partition_migrations([pending], schema="shop")) == []
+    assert list(postgres.check_partition_migrations([begun, pending], schema="shop")) == [
+        Check(
+            "schema version of partitions",
+            "FAIL",
+            "older than this version: waits for 0002_make",
+            "outbox-relay migrate apply --schema shop --partitioned",
+        )
+    ]
+
+
 def test_each_index_is_judged_by_its_presence_validity_and_definition() -> None:
     _, unpublished, parked = FOUND
     create = f'CREATE INDEX CONCURRENTLY {unpublished.name} ON "shop"."outbox" USING {unpublished.definition};'

@@ -38,6 +38,7 @@
 {{- /* libpq refuses a key that everybody may read; the group is the fsGroup of the pod. */}}
 {{- include "outbox-relay.tlsSources" (dict "of" "database" "tls" .Values.database.tls "keyMode" "0440") }}
 {{- include "outbox-relay.tlsSources" (dict "of" "kafka" "tls" .Values.kafka.tls) }}
+{{- include "outbox-relay.tlsSources" (dict "of" "metrics" "tls" .Values.metrics.tls) }}
 {{- end }}
 
 {{- define "outbox-relay.loginSource" -}}
@@ -63,6 +64,11 @@
       - { key: {{ quote .tls.certificateKey }}, path: {{ .of }}-tls.crt }
       - { key: {{ quote .tls.privateKeyKey }}, path: {{ .of }}-tls.key{{ with .keyMode }}, mode: {{ . }}{{ end }} }
 {{- end }}
+{{- end }}
+
+{{/* Of the URL of metrics and probes. */}}
+{{- define "outbox-relay.metricsScheme" -}}
+{{- ternary "HTTPS" "HTTP" (or .Values.metrics.tls.certificateSecret .Values.config.metrics_certificate | empty | not) }}
 {{- end }}
 
 {{- define "outbox-relay.databaseAuthority" -}}
@@ -105,6 +111,12 @@ env:
   - name: OUTBOX_RELAY_KAFKA__SSL_KEY_LOCATION
     value: /etc/outbox-relay/secrets/kafka-tls.key
   {{- end }}
+  {{- if .Values.metrics.tls.certificateSecret }}
+  - name: OUTBOX_RELAY_METRICS_CERTIFICATE
+    value: /etc/outbox-relay/secrets/metrics-tls.crt
+  - name: OUTBOX_RELAY_METRICS_CERTIFICATE_KEY
+    value: /etc/outbox-relay/secrets/metrics-tls.key
+  {{- end }}
   {{- with .Values.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -140,7 +152,7 @@ ports:
   - name: relay-metrics
     containerPort: {{ .Values.config.metrics_port }}
 livenessProbe:
-  httpGet: { path: /livez, port: relay-metrics }
+  httpGet: { path: /livez, port: relay-metrics, scheme: {{ include "outbox-relay.metricsScheme" . }} }
   {{- toYaml .Values.livenessProbe | nindent 2 }}
 resources: {{- toYaml .Values.resources | nindent 2 }}
 {{- end }}

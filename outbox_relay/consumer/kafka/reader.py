@@ -75,7 +75,7 @@ class Reader:
         self._gone: set[Partition] = set()
         self._on_gone = on_gone
         self._client = confluent_kafka.Consumer(dict(config))
-        self._client.subscribe(list(topics), on_revoke=self._forget, on_lost=self._forget)
+        self._client.subscribe(list(topics), on_revoke=self._hand_over, on_lost=self._forget)
 
     def fetch(self, limit: int) -> list[Record]:
         """
@@ -160,6 +160,17 @@ class Reader:
             raise KafkaException(error)
         _log.warning("Kafka reports %s: %s", error.name(), error.str())
         return False
+
+    def _hand_over(self, client: confluent_kafka.Consumer, revoked: list[TopicPartition]) -> None:
+        """
+        Commit what Kafka has refused so far, before partitions go to another member.
+
+        While a group agrees on its new members, Kafka takes no offsets of the old generation (ILLEGAL_GENERATION,
+        REBALANCE_IN_PROGRESS). Under the cooperative protocol members consume meanwhile, so that this happens at
+        nearly every rebalance. Here the member is of a generation that may commit, and still owns the partitions.
+        """
+        self.commit()
+        self._forget(client, revoked)
 
     def _forget(self, client: confluent_kafka.Consumer, revoked: list[TopicPartition]) -> None:
         """Drop all that is known of partitions that are ours no longer; their offsets are for their new owner."""

@@ -141,9 +141,12 @@ class _Questions:
                 roll_back(self._connection)  # some questions begin a transaction of their own
                 yield Check(name, "FAIL", str(error))
 
-    def _migration_checks(self) -> Iterable[Check]:
-        states = migrate.status(self._connection, schema=self._schema)
-        return [postgres.check_migrations(states, schema=self._schema)]
+    def _migration_checks(self) -> Iterator[Check]:
+        outbox, partitioned = (
+            migrate.status(self._connection, schema=self._schema, line=line) for line in ("outbox", "partitioned")
+        )
+        yield postgres.check_migrations(outbox, schema=self._schema)
+        yield from postgres.check_partition_migrations(partitioned, schema=self._schema)
 
     def _index_checks(self) -> Iterator[Check]:
         found = self._rows(postgres.Index, "doctor_indexes")

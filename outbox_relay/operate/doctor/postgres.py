@@ -232,17 +232,13 @@ def check_grants(missing: Sequence[tuple[str | None, str]], *, server: Server) -
 
 def check_migrations(states: Sequence[MigrationState], *, schema: str) -> Check:
     """Is the schema of this version?"""
-    pending = [str(state) for state in states if state.state == "pending"]
-    unknown = [str(state) for state in states if state.state == "unknown"]
-    if len(pending) == len(states):
-        return Check("schema version", "OK", "not recorded: another tool applied the migrations")
-    if pending:
-        finding = f"older than this version: waits for {', '.join(pending)}"
-        return Check("schema version", "FAIL", finding, _migrate(schema))
-    if unknown:
-        finding = f"newer than this version: has {', '.join(unknown)}"
-        return Check("schema version", "WARN", finding, "pip install --upgrade 'outbox-relay[daemon]'")
-    return Check("schema version", "OK", str(states[-1]))
+    return _check_line(states, name="schema version", remedy=_migrate(schema))
+
+
+def check_partition_migrations(states: Sequence[MigrationState], *, schema: str) -> Iterator[Check]:
+    """Is a schema that has begun to be partitioned of this version, too?"""
+    if any(state.state != "pending" for state in states):
+        yield _check_line(states, name="schema version of partitions", remedy=f"{_migrate(schema)} --partitioned")
 
 
 def check_indexes(found: Sequence[Index], *, schema: str) -> Iterator[Check]:
@@ -397,6 +393,20 @@ def _concurrently(found: Collection[Index]) -> str:
 
 def _quoted(*names: str) -> str:
     return Identifier(*names).as_string()
+
+
+def _check_line(states: Sequence[MigrationState], *, name: str, remedy: str) -> Check:
+    pending = [str(state) for state in states if state.state == "pending"]
+    unknown = [str(state) for state in states if state.state == "unknown"]
+    if len(pending) == len(states):
+        return Check(name, "OK", "not recorded: another tool applied the migrations")
+    if pending:
+        finding = f"older than this version: waits for {', '.join(pending)}"
+        return Check(name, "FAIL", finding, remedy)
+    if unknown:
+        finding = f"newer than this version: has {', '.join(unknown)}"
+        return Check(name, "WARN", finding, "pip install --upgrade 'outbox-relay[daemon]'")
+    return Check(name, "OK", str(states[-1]))
 
 
 def _migrate(schema: str) -> str:
