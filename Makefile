@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 LOCK   := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --quiet
+DURATION ?= 120
+SEED   ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 STAMP  := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench schema lock audit dist clean
+.PHONY: help setup demo test lint format bench soak schema lock audit dist clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +44,10 @@ format: setup  ## Format the code
 
 bench: setup  ## Measure throughput, latency and their limits; results in benchmarks/results (ARGS=--quick)
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+soak: setup  ## Strike everything for DURATION seconds by the schedule of SEED (FAULTS=a,b to choose); report in build/soak
+	@RELAY_SOAK_SECONDS=$(DURATION) RELAY_SOAK_SEEDS=$(SEED) RELAY_SOAK_FAULTS=$(FAULTS) \
+	  $(BIN)/python -m pytest -q --log-cli-level=INFO tests/faults/test_soak.py
 
 schema: setup  ## Renew the committed schema dump after a migration changed it
 	@RELAY_TEST_RENEW_SCHEMA=1 $(BIN)/python -m pytest -q tests/integration/test_schema.py -k committed_dump

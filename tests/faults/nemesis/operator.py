@@ -1,0 +1,101 @@
+"""What operators do while everything is at work, right and by the book: that too may disturb nothing."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from outbox_relay.sandbox.history import Hold, Outcome
+from outbox_relay.sandbox.reading import read_ends
+from tests.faults.soak.stage import DidNotFire, comes_true
+from tests.fixtures.load import new_write, own_headers, payload_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from random import Random
+
+    from outbox_relay.sandbox.history import Place
+    from tests.faults.soak.stage import Stage
+
+POISON = {"attempt": 3}  # a header is a string
+INSERT_POISON = """
+INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload, headers)
+VALUES (%s, %s, %s, 'happened', %s, %s)
+RETURNING id, sequence_no
+"""
+IS_PARKED = "SELECT FROM outbox WHERE id = %s AND parked_at IS NOT NULL"
+REPLAYED = 200
+
+
+@contextmanager
+def poison_mended(stage: Stage, chance: Random) -> Iterator[None]:
+    """A message is parked with what comes behind it; it is edited, and all of them are released."""
+    with parked(stage, key=chance.choice(stage.keys)) as id_:
+        yield
+        stage.command("parked", "edit", id_, "--remove-header=attempt", dsn=stage.operator_dsn)
+    stage.command("parked", "release", id_, dsn=stage.operator_dsn)
+
+
+@contextmanager
+def poison_skipped(stage: Stage, chance: Random) -> Iterator[None]:
+    """A message is parked with what comes behind it; it is taken out, and the others are released."""
+    with parked(stage, key=chance.choice(stage.keys)) as id_:
+        yield
+    stage.command("parked", "skip", id_, "--release-rest", "--yes", "--why=soak", dsn=stage.operator_dsn)
+
+
+@contextmanager
+def pruned(stage: Stage, _chance: Random) -> Iterator[None]:
+    yield
+    done = stage.command("prune", "--older-than=5s", "--yes", "--json", dsn=stage.pruner_dsn)
+    if not json.loads(done)["pruned_messages"]:
+        raise DidNotFire
+
+
+@contextmanager
+def replayed(stage: Stage, _chance: Random) -> Iterator[None]:
+    """The newest of what is published is published once more."""
+    yield
+    last = stage.pipeline.last_number()
+    bounds = f"--from-sequence={max(1, last - REPLAYED)}", f"--through-sequence={last}"
+    done = stage.command("replay", *bounds, "--yes", "--json", "--why=soak", dsn=stage.operator_dsn)
+    if not json.loads(done)["replayed_messages"]:
+        raise DidNotFire
+
+
+@contextmanager
+def migrated(stage: Stage, _chance: Random) -> Iterator[None]:
+    """As each deployment does; there is nothing left to migrate."""
+    yield
+    stage.command("migrate", "apply", dsn=stage.pipeline.database.dsn)
+
+
+@contextmanager
+def parked(stage: Stage, *, key: str) -> Iterator[str]:
+    """Write a message that Kafka would refuse, wait until it is parked, and record what lay behind it meanwhile."""
+    write = new_write(str(uuid.uuid4()), key=key)
+    aggregate_type = key.partition("-")[0]
+    with stage.pipeline.database.connect(autocommit=True) as connection:
+        values = [
+            write.message_id,
+            aggregate_type,
+            key,
+            payload_of(write.message_id),
+            json.dumps(own_headers(write.message_id) | POISON),
+        ]
+        [(id_, number)] = connection.execute(INSERT_POISON, values).fetchall()
+        stage.writes.append(replace(write, outcome=Outcome.COMMITTED))
+        assert comes_true(lambda: connection.execute(IS_PARKED, [id_]).fetchone() is not None), "it is not parked"
+    begins = ends_of(stage)
+    yield str(id_)
+    stage.holds.append(Hold(aggregate_type, key, number, begins=begins, ends=ends_of(stage)))
+
+
+def ends_of(stage: Stage) -> dict[Place, int]:
+    return read_ends(stage.kafka.bootstrap_servers, topics=stage.pipeline.topics)
+
+
+OPERATOR = (poison_mended, poison_skipped, pruned, replayed, migrated)

@@ -1,0 +1,125 @@
+"""Faults of the relays' processes."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tests.faults.nemesis.sessions import holding
+from tests.faults.soak.relay import TRANSACTION_SECONDS
+from tests.faults.soak.stage import DidNotFire, comes_true, pause
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from random import Random
+
+    from tests.faults.soak.relay import Relay
+    from tests.faults.soak.stage import Stage
+
+FROZEN_SECONDS = 1.0
+STOPPED_AT_ONCE = 128 + signal.SIGTERM
+FAILPOINTS = ("before_claim", "after_claim", "after_produce", "after_report", "before_settle", "after_commit")
+LATEST_VISIT = 5
+
+
+@contextmanager
+def relay_killed(stage: Stage, chance: Random) -> Iterator[None]:
+    relay = chance.choice(stage.relays)
+    relay.signal(signal.SIGKILL)
+    assert relay.await_end() == -signal.SIGKILL
+    yield
+    relay.start()
+
+
+@contextmanager
+def all_relays_killed(stage: Stage, _chance: Random) -> Iterator[None]:
+    for relay in stage.relays:
+        relay.signal(signal.SIGKILL)
+    assert [relay.await_end() for relay in stage.relays] == [-signal.SIGKILL] * len(stage.relays)
+    yield
+    for relay in stage.relays:
+        relay.start()
+
+
+@contextmanager
+def relay_killed_at_a_point(stage: Stage, chance: Random) -> Iterator[None]:
+    relay = chance.choice(stage.relays)
+    restart(relay, failpoints=f"{chance.choice(FAILPOINTS)}=kill@{chance.randint(1, LATEST_VISIT)}")
+    assert relay.await_end() == -signal.SIGKILL
+    yield
+    relay.start()
+
+
+@contextmanager
+def relay_meets_an_unforeseen_error(stage: Stage, chance: Random) -> Iterator[None]:
+    relay = chance.choice(stage.relays)
+    failures = relay.count("thread_failed")
+    restart(relay, failpoints=f"{chance.choice(FAILPOINTS)}=raise@{chance.randint(1, LATEST_VISIT)}")
+    yield
+    is_noticed = comes_true(lambda: relay.count("thread_failed") > failures)
+    restart(relay)
+    if not is_noticed:
+        raise DidNotFire
+
+
+@contextmanager
+def relay_stopped(stage: Stage, chance: Random) -> Iterator[None]:
+    relay = chance.choice(stage.relays)
+    relay.signal(signal.SIGTERM)
+    assert relay.await_end() == 0
+    yield
+    relay.start()
+
+
+@contextmanager
+def relay_stopped_at_once(stage: Stage, chance: Random) -> Iterator[None]:
+    """By a second signal, while it waits for somebody's lock."""
+    relay = chance.choice(stage.relays)
+    drained = relay.count("relay_draining")
+    with holding(stage, "LOCK TABLE outbox_shard IN EXCLUSIVE MODE"):
+        comes_true(stage.pipeline.waits_for_lock)
+        relay.signal(signal.SIGTERM)
+        comes_true(lambda: relay.count("relay_draining") > drained)
+        relay.signal(signal.SIGTERM)
+        code = relay.await_end()
+    yield
+    relay.start()
+    if code != STOPPED_AT_ONCE:
+        raise DidNotFire
+
+
+@contextmanager
+def relay_frozen(stage: Stage, chance: Random) -> Iterator[None]:
+    relay = chance.choice(stage.relays)
+    relay.signal(signal.SIGSTOP)
+    pause(FROZEN_SECONDS)
+    yield
+    relay.signal(signal.SIGCONT)
+
+
+@contextmanager
+def relay_frozen_beyond_its_transaction(stage: Stage, chance: Random) -> Iterator[None]:
+    relay = chance.choice(stage.relays)
+    relay.signal(signal.SIGSTOP)
+    pause(TRANSACTION_SECONDS + FROZEN_SECONDS)
+    yield
+    relay.signal(signal.SIGCONT)
+
+
+def restart(relay: Relay, **settings: str) -> None:
+    relay.signal(signal.SIGTERM)
+    assert relay.await_end() == 0
+    relay.start(allow_failpoints="yes", **settings)
+
+
+PROCESS = (
+    relay_killed,
+    all_relays_killed,
+    relay_killed_at_a_point,
+    relay_meets_an_unforeseen_error,
+    relay_stopped,
+    relay_stopped_at_once,
+    relay_frozen,
+    relay_frozen_beyond_its_transaction,
+)

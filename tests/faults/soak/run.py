@@ -1,0 +1,184 @@
+"""One soak, from the first write to the recorded history."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from threading import Event
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from outbox_relay.sandbox.history import History
+from outbox_relay.sandbox.reading import count_partitions, read_rows, read_topics
+from tests.faults.nemesis import FAULTS, PAIRABLE
+from tests.faults.soak.relay import BATCH_SIZE, LANES
+from tests.faults.soak.schedule import schedule
+from tests.faults.soak.stage import DidNotFire, comes_true, pause
+from tests.fixtures.journal import read_effects
+from tests.fixtures.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from outbox_relay.sandbox.history import Record
+    from tests.faults.soak.schedule import Step
+    from tests.faults.soak.stage import Stage
+
+WARM_UP_SECONDS = 5.0
+RECOVERY_SECONDS = 60.0
+LAST_SECONDS = 120.0
+WATCH_SECONDS = 0.2
+
+SELECT_WAITING = """
+SELECT
+FROM outbox
+WHERE published_at IS NULL AND parked_at IS NULL AND sequence_no <= %s
+LIMIT 1
+"""
+SELECT_OLDEST_TRANSACTION = """
+SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8
+FROM pg_stat_activity
+WHERE datname = current_database() AND application_name LIKE 'outbox-relay %'
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """
+    Faults that struck together; times are `time.monotonic()`.
+
+    Attributes:
+        fired: Those that left a sign of it.
+        recovered_at: When all that was committed before the healing was settled; None if that took too long.
+    """
+
+    step: Step
+    fired: tuple[str, ...]
+    began_at: float
+    healed_at: float
+    recovered_at: float | None
+
+
+@dataclass(slots=True)
+class Soak:
+    """
+    What was recorded.
+
+    Attributes:
+        oldest_transaction_seconds: The highest age that a transaction of a relay was seen to have.
+    """
+
+    incidents: list[Incident] = field(default_factory=list)
+    oldest_transaction_seconds: float = 0.0
+    history: History = field(default_factory=lambda: History((), (), ()))
+
+
+def soak(
+    stage: Stage, result: Soak, *, faults: Collection[str], seed: int, seconds: float, tell: Callable[[str], None]
+) -> None:
+    """Strike for so long, heal everything, wait until all of it has gone through; fill in *result* meanwhile."""
+    stop = Event()
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            records = threads.submit(
+                read_topics, stage.kafka.bootstrap_servers, topics=stage.pipeline.topics, stop=stop
+            )
+            watched = threads.submit(_watch_transactions, stage, stop=stop)
+            for relay in stage.relays:
+                relay.await_start()
+            with stage.load:
+                pause(WARM_UP_SECONDS)
+                steps = schedule(seed, faults=faults, pairable=PAIRABLE)
+                _strike_for(seconds, stage, result, steps=steps, tell=tell)
+            stage.pipeline.await_settled(timeout=LAST_SECONDS)
+            eventually(lambda: stage.is_consumed, timeout=LAST_SECONDS, message="the consumers are behind")
+        finally:
+            stop.set()
+        result.oldest_transaction_seconds = watched.result()
+        result.history = _history(stage, records.result(), incidents=len(result.incidents))
+
+
+def _strike_for(
+    seconds: float, stage: Stage, result: Soak, *, steps: Iterator[Step], tell: Callable[[str], None]
+) -> None:
+    end = time.monotonic() + seconds
+    for step in steps:
+        if time.monotonic() > end:
+            return
+        incident = _strike(stage, step)
+        result.incidents.append(incident)
+        tell(_line(incident))
+        stage.fail_if_one_ended()
+        pause(step.pause_seconds)
+
+
+def _strike(stage: Stage, step: Step) -> Incident:
+    """Let the faults of *step* strike, heal them, and wait until what was committed meanwhile is settled."""
+    fired: list[str] = []
+    began_at = time.monotonic()
+    with ExitStack() as struck:
+        for number, name in enumerate(step.faults):
+            struck.enter_context(_counted(stage, name, seed=step.seed + number, fired=fired))
+        pause(step.hold_seconds)
+    healed_at = time.monotonic()
+    is_recovered = comes_true(partial(_is_settled, stage, stage.pipeline.last_number()), seconds=RECOVERY_SECONDS)
+    return Incident(step, tuple(fired), began_at, healed_at, time.monotonic() if is_recovered else None)
+
+
+@contextmanager
+def _counted(stage: Stage, name: str, *, seed: int, fired: list[str]) -> Iterator[None]:
+    try:
+        with FAULTS[name](stage, Random(seed)):  # noqa: S311 -- a repeatable schedule
+            yield
+    except DidNotFire:
+        return
+    fired.append(name)
+
+
+def _is_settled(stage: Stage, last_number: int) -> bool:
+    with stage.pipeline.database.connect() as connection:
+        return connection.execute(SELECT_WAITING, [last_number]).fetchone() is None
+
+
+def _watch_transactions(stage: Stage, *, stop: Event) -> float:
+    """Give the highest age of a relay's transaction, seen until the stop."""
+    highest = 0.0
+    while not stop.is_set():
+        try:
+            with stage.pipeline.database.connect(autocommit=True) as connection:
+                while not stop.wait(WATCH_SECONDS):
+                    [(age,)] = connection.execute(SELECT_OLDEST_TRANSACTION).fetchall()
+                    highest = max(highest, age)
+        except psycopg.OperationalError:
+            stop.wait(WATCH_SECONDS)
+    return highest
+
+
+def _history(stage: Stage, records: Sequence[Record], *, incidents: int) -> History:
+    servers, topics = stage.kafka.bootstrap_servers, stage.pipeline.topics
+    with stage.pipeline.database.connect() as connection:
+        rows = read_rows(connection)
+    return History(
+        writes=[*stage.load.writes, *stage.writes],
+        rows=rows,
+        records=records,
+        rows_are_kept=False,
+        partition_counts={topic: {count} for topic, count in count_partitions(servers, topics=topics).items()},
+        holds=stage.holds,
+        effects=read_effects(stage.inbox),
+        most_duplicates=incidents * len(stage.relays) * LANES * BATCH_SIZE,
+    )
+
+
+def _line(incident: Incident) -> str:
+    names = " + ".join(name if name in incident.fired else f"({name})" for name in incident.step.faults)
+    took = incident.healed_at - incident.began_at
+    recovery = (
+        "not recovered" if incident.recovered_at is None else f"{incident.recovered_at - incident.healed_at:.1f} s"
+    )
+    return f"{names}: {took:.1f} s, recovered in {recovery}"

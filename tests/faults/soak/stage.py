@@ -1,0 +1,186 @@
+"""What is on the stage of a soak: servers, relays and consumers, writers, and the commands of an operator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from threading import Event
+from typing import TYPE_CHECKING
+
+from psycopg.conninfo import make_conninfo
+
+from outbox_relay.sandbox.history import Outcome
+from outbox_relay.sandbox.kafka import KafkaCluster
+from outbox_relay.sandbox.reading import read_ends
+from tests.faults.soak.relay import Relay
+from tests.fixtures.consumer_process import Options, consumer_process
+from tests.fixtures.daemon import outbox_relay
+from tests.fixtures.journal import create_journal
+from tests.fixtures.load import Plan, key_of
+from tests.fixtures.postgres import create_login
+from tests.fixtures.proxy import TcpProxy
+from tests.fixtures.topics import committed
+from tests.fixtures.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from outbox_relay.sandbox.history import Hold, Write
+    from outbox_relay.sandbox.kafka import Kafka
+    from outbox_relay.sandbox.postgres import PostgresServer
+    from tests.fixtures.consumer_process import Guard
+    from tests.fixtures.daemon import Daemon
+    from tests.fixtures.load import Load
+    from tests.fixtures.pipeline import Pipeline
+    from tests.fixtures.postgres import Database
+
+RELAYS = 2
+GUARDS: tuple[Guard, ...] = ("inbox", "sequence")
+MEMBERS = 2  # consumers of each group
+SESSION_TIMEOUT_MS = 6000
+PLAN = Plan(writers=4, longest_pause=0.1)
+COMMAND_SECONDS = 60.0
+SIGN_SECONDS = 15.0
+
+
+class DidNotFire(Exception):
+    """The fault was to strike, and there is no sign that it did."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """
+    The parts, all of them running, and what the nemesis itself does to messages.
+
+    Attributes:
+        writers_network: Between the writers and PostgreSQL; relays have their own.
+        operator_dsn: Of a login that may decide about parked messages.
+        pruner_dsn: Of a login that may prune.
+        writes: Messages that the nemesis has written, beside those of the load.
+        holds: How long keys were parked.
+    """
+
+    pipeline: Pipeline
+    server: PostgresServer
+    kafka: Kafka
+    inbox: Database
+    load: Load
+    writers_network: TcpProxy
+    operator_dsn: str
+    pruner_dsn: str
+    relays: list[Relay] = field(default_factory=list)
+    consumers: dict[Guard, list[Daemon]] = field(default_factory=dict)
+    writes: list[Write] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
+
+    @property
+    def broker(self) -> KafkaCluster:
+        """The broker, if it is the soak's own."""
+        assert isinstance(self.kafka, KafkaCluster)
+        return self.kafka
+
+    @property
+    def is_consumed(self) -> bool:
+        """Whether each group has committed all that the topics hold."""
+        servers, topics = self.kafka.bootstrap_servers, self.pipeline.topics
+        records = sum(read_ends(servers, topics=topics).values())
+        return all(committed(servers, topics, group=self._group(guard)) == records for guard in self.consumers)
+
+    def start_consumer(self, guard: Guard) -> Daemon:
+        """Start one more member of the group of *guard*."""
+        config: dict[str, str | int] = {
+            "bootstrap.servers": self.kafka.bootstrap_servers,
+            "group.id": self._group(guard),
+            "session.timeout.ms": SESSION_TIMEOUT_MS,
+            "auto.offset.reset": "earliest",
+        }
+        dsn = make_conninfo(self.inbox.dsn, application_name=f"consumer {guard}")
+        topics = self.pipeline.topics
+        return consumer_process(
+            Options(config=config, topics=topics, dsn=dsn, guard=guard, consumer=guard, effect="note")
+        )
+
+    def kill_consumers(self) -> None:
+        for members in self.consumers.values():
+            for member in members:
+                member.kill()
+
+    def command(self, *arguments: str, dsn: str) -> str:
+        """Run a command of `outbox-relay` as the login of *dsn*, and give what it printed."""
+        environment = {**os.environ, **self.pipeline.environment(database_url=dsn)}
+        done = subprocess.run(
+            outbox_relay(*arguments),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+        )
+        assert done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stderr}"
+        return done.stdout
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the load."""
+        return [key_of(number) for number in range(PLAN.keys)]
+
+    def committed(self, writes: Iterable[Write]) -> None:
+        """Record messages that the nemesis has written."""
+        self.writes += [replace(write, outcome=Outcome.COMMITTED, ended_at=time.monotonic()) for write in writes]
+
+    def count(self, event: str) -> int:
+        """How often relays have logged *event*."""
+        return sum(relay.count(event) for relay in self.relays)
+
+    def fail_if_one_ended(self) -> None:
+        """Raise for a process that is gone although nobody ended it."""
+        members = [member for members in self.consumers.values() for member in members]
+        for process in [*(relay.running for relay in self.relays), *members]:
+            assert not process.has_ended, f"nobody ended this process: {process.ending()}"
+
+    def _group(self, guard: Guard) -> str:
+        return f"{self.pipeline.topics[0]}.{guard}"
+
+
+def pause(seconds: float) -> None:
+    """Let the others work for so long."""
+    Event().wait(seconds)
+
+
+def comes_true(condition: Callable[[], object], *, seconds: float = SIGN_SECONDS) -> bool:
+    """Whether *condition* comes true in time."""
+    with suppress(TimeoutError):
+        return bool(eventually(condition, timeout=seconds))
+    return False
+
+
+@contextmanager
+def staged(pipeline: Pipeline, *, inbox: Database) -> Iterator[Stage]:
+    """Set the stage and start everything but the writers."""
+    database = pipeline.database
+    create_journal(inbox)
+    with ExitStack() as stack:
+        network = stack.enter_context(TcpProxy(database.server.host, database.server.port))
+        stage = Stage(
+            pipeline=pipeline,
+            server=database.server,
+            kafka=pipeline.kafka,
+            inbox=inbox,
+            load=pipeline.load(PLAN, through=network),
+            writers_network=network,
+            operator_dsn=database.server.dsn(database.name, user=create_login(database, group="outbox_operator")),
+            pruner_dsn=database.server.dsn(database.name, user=create_login(database, group="outbox_pruner")),
+        )
+        for _ in range(RELAYS):
+            relay = Relay(pipeline)
+            stack.callback(relay.close)
+            stage.relays.append(relay)
+            relay.start()
+        for guard in GUARDS:
+            stage.consumers[guard] = [stage.start_consumer(guard) for _ in range(MEMBERS)]
+        stack.callback(stage.kill_consumers)
+        yield stage

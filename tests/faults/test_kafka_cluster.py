@@ -1,0 +1,120 @@
+"""Of three brokers some are killed or hand over their partitions: the relay waits or goes on, and loses nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from confluent_kafka import ElectionType, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from outbox_relay.sandbox.history import State
+from tests.fixtures.kafka import running_cluster
+from tests.fixtures.load import Plan, commit_messages
+from tests.fixtures.pipeline import Pipeline, flaws
+from tests.fixtures.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from outbox_relay.sandbox.kafka import KafkaCluster
+    from tests.fixtures.postgres import Database
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+PUBLISHED, UNPUBLISHED = State.PUBLISHED, State.UNPUBLISHED
+LANES = 2
+BATCH_SIZE = 500
+PLAN = Plan(writers=4, bulk_rows=100)
+QUICK_TO_MISS_A_BROKER = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
+SHORT_TIMES = {"publish_deadline": 3, "kafka__message_timeout_ms": 4000, "transaction_timeout": 5}
+REQUEST_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[KafkaCluster]:
+    with running_cluster(brokers=3, settings=QUICK_TO_MISS_A_BROKER) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def pipeline(database: Database, cluster: KafkaCluster, topic_prefix: str, seed: int) -> Pipeline:
+    """Topics with three copies of three partitions, which each broker leads one of."""
+    pipeline = Pipeline(database, cluster, prefix=topic_prefix, seed=seed)
+    pipeline.create_topics()
+    return pipeline
+
+
+def leaders(pipeline: Pipeline) -> list[int]:
+    """Who leads each partition of all topics."""
+    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    topics = admin.list_topics(timeout=REQUEST_SECONDS).topics
+    return [partition.leader for topic in pipeline.topics for _, partition in sorted(topics[topic].partitions.items())]
+
+
+def test_brokers_killed_one_after_the_other_under_load_repeat_nothing(
+    pipeline: Pipeline, cluster: KafkaCluster
+) -> None:
+    """Whoever leads a partition, and whoever is the controller, is killed once; then leaders are moved back."""
+    with pipeline.relays(1, lanes=LANES, batch_size=BATCH_SIZE):
+        with pipeline.load(PLAN) as load:
+            for node in (1, 2, 3):
+                assert node in leaders(pipeline)
+                cluster.kill(node)
+                eventually(lambda: node not in leaders(pipeline))  # noqa: B023 -- at once
+                load.await_more(500)
+                cluster.restart(node)
+            moved = leaders(pipeline)
+            prefer_first_replicas(pipeline)
+            eventually(lambda: leaders(pipeline) != moved)
+            load.await_more(500)
+        pipeline.await_settled()
+    assert flaws(pipeline.judge(load.writes)) == {}
+
+
+def prefer_first_replicas(pipeline: Pipeline) -> None:
+    """Have each partition led by the first of its brokers, as an operator does after a restart."""
+    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    partitions = [TopicPartition(topic, number) for topic in pipeline.topics for number in range(3)]
+    admin.elect_leaders(ElectionType.PREFERRED, partitions).result(REQUEST_SECONDS)
+
+
+def test_messages_wait_while_too_few_copies_would_be_written(
+    database: Database, cluster: KafkaCluster, topic_prefix: str, seed: int
+) -> None:
+    pipeline = Pipeline(database, cluster, prefix=topic_prefix, seed=seed)
+    cluster.create_topic(pipeline.topic("order"), config={"min.insync.replicas": "3"})
+    cluster.create_topic(pipeline.topic("payment"), config={"min.insync.replicas": "2"})
+    cluster.create_topic(pipeline.topic("parcel"))
+    with pipeline.relays(1, **SHORT_TIMES) as [relay], database.connect() as writer:
+        writes = commit_messages(writer, "order-1", "payment-1")
+        pipeline.await_settled()
+        cluster.kill(2)
+        writes += commit_messages(writer, "order-1", "payment-1")
+        relay.wait_for_event("kafka_lost")
+        eventually(lambda: pipeline.states() == [PUBLISHED, PUBLISHED, UNPUBLISHED, PUBLISHED])
+        cluster.restart(2)
+        pipeline.await_settled()
+        eventually(lambda: any(event["event"] == "kafka_recovered" for event in relay.events))
+    assert flaws(pipeline.judge(writes)).keys() <= {"duplicated"}
+
+
+def test_two_of_three_brokers_killed_under_load_hold_everything_until_one_is_back(
+    pipeline: Pipeline, cluster: KafkaCluster
+) -> None:
+    with pipeline.relays(1, lanes=LANES, batch_size=BATCH_SIZE, **SHORT_TIMES) as [relay]:
+        with pipeline.load(PLAN) as load:
+            load.await_more(500)
+            cluster.kill(1)
+            cluster.kill(3)
+            relay.wait_for_event("kafka_lost")
+            waiting = pipeline.unpublished()
+            load.await_more(500)
+            assert pipeline.unpublished() > waiting
+        cluster.restart(1)
+        pipeline.await_settled()
+    cluster.restart(3)
+    verdict = pipeline.judge(load.writes)
+    lost = sum(event["event"] == "kafka_lost" for event in relay.events)
+    assert flaws(verdict).keys() <= {"duplicated"}
+    assert len(verdict.duplicated) <= lost * LANES * BATCH_SIZE
