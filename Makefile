@@ -5,11 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 LOCK   := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --quiet
 DURATION ?= 120
+ROWS   ?= 100000
 SEED   ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 STAMP  := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench soak schema lock audit dist clean
+.PHONY: help setup demo test lint format bench soak fuzz schema lock audit dist clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +49,9 @@ bench: setup  ## Measure throughput, latency and their limits; results in benchm
 soak: setup  ## Strike everything for DURATION seconds by the schedule of SEED (FAULTS=a,b to choose); report in build/soak
 	@RELAY_SOAK_SECONDS=$(DURATION) RELAY_SOAK_SEEDS=$(SEED) RELAY_SOAK_FAULTS=$(FAULTS) \
 	  $(BIN)/python -m pytest -q --log-cli-level=INFO tests/faults/test_soak.py
+
+fuzz: setup  ## Send ROWS hostile rows in each envelope from INSERT to Kafka, drawn from SEED
+	@RELAY_FUZZ_ROWS=$(ROWS) $(BIN)/python -m pytest -q -s tests/acceptance/test_fuzz.py --randomly-seed=$(SEED)
 
 schema: setup  ## Renew the committed schema dump after a migration changed it
 	@RELAY_TEST_RENEW_SCHEMA=1 $(BIN)/python -m pytest -q tests/integration/test_schema.py -k committed_dump

@@ -188,11 +188,14 @@ class Fuzz:
         self._colon_topic = f"{prefix}colon"
         self._create(*self._topics.ordinary, self._colon_topic)
         self._create(self._topics.recent, **{"message.timestamp.before.max.ms": "3600000"})
-        self.settings = {
+        self.settings: dict[str, str | float] = {
             "topic_template": "{aggregate_type}",
             "topic_map": json.dumps(dict.fromkeys(self._topics.colons, self._colon_topic)),
             "envelope": envelope,
             "source": "urn:shop",
+            "publish_deadline": 60,  # a busy machine's Kafka is slow, which is no fault of a row
+            "kafka__message_timeout_ms": 70_000,
+            "transaction_timeout": 80,
             "log_format": "json",
         }
         self.writers = [Writer(database.writer_dsn, way) for way in WAYS]

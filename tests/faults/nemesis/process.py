@@ -66,8 +66,7 @@ def relay_meets_an_unforeseen_error(stage: Stage, chance: Random) -> Iterator[No
 @contextmanager
 def relay_stopped(stage: Stage, chance: Random) -> Iterator[None]:
     relay = chance.choice(stage.relays)
-    relay.signal(signal.SIGTERM)
-    assert relay.await_end() == 0
+    stop(relay)
     yield
     relay.start()
 
@@ -77,6 +76,7 @@ def relay_stopped_at_once(stage: Stage, chance: Random) -> Iterator[None]:
     """By a second signal, while it waits for somebody's lock."""
     relay = chance.choice(stage.relays)
     drained = relay.count("relay_draining")
+    relay.await_start()
     with holding(stage, "LOCK TABLE outbox_shard IN EXCLUSIVE MODE"):
         comes_true(stage.pipeline.waits_for_lock)
         relay.signal(signal.SIGTERM)
@@ -107,9 +107,14 @@ def relay_frozen_beyond_its_transaction(stage: Stage, chance: Random) -> Iterato
     relay.signal(signal.SIGCONT)
 
 
-def restart(relay: Relay, **settings: str) -> None:
+def stop(relay: Relay) -> None:
+    relay.await_start()  # before, a signal ends it as it ends any process
     relay.signal(signal.SIGTERM)
     assert relay.await_end() == 0
+
+
+def restart(relay: Relay, **settings: str) -> None:
+    stop(relay)
     relay.start(allow_failpoints="yes", **settings)
 
 
