@@ -90,6 +90,7 @@ def test_every_scenario_reports_each_of_its_cases_with_positive_figures(
     }
     for title in ("An hour with retention", "The same hour beside an old snapshot"):
         tables[title] = [row[:-3] for row in tables[title]]  # what is dead or old may be nothing
+    tables["Idle"] = [[name, memory] for name, _, memory in tables["Idle"]]  # a second at rest may be no tick
     figures = [cell for rows in tables.values() for row in rows for cell in row[1:] if row[:2] != ["0", "0"]]
     assert [figure for figure in figures if not re.search("[1-9]", figure.partition(" ")[0])] == []
 

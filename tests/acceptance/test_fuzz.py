@@ -196,6 +196,7 @@ class Fuzz:
             "publish_deadline": 60,  # a busy machine's Kafka is slow, which is no fault of a row
             "kafka__message_timeout_ms": 70_000,
             "transaction_timeout": 80,
+            "drain_timeout": 90,
             "log_format": "json",
         }
         self.writers = [Writer(database.writer_dsn, way) for way in WAYS]
