@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from outbox_relay.database import translated_errors
+from outbox_relay.errors import AnswerTooLarge
 from outbox_relay.relay.message import Message
 from outbox_relay.sql import numbers, statement
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
 SHARDS = 16
-_FEWER = 16
+_SHRINKING = 16
 _MESSAGE_FIELDS = len(Message._fields)
 
 
@@ -32,7 +33,8 @@ class ClaimOptions:
         messages: Rows of a batch; its memory grows with it.
         stored_bytes: Bytes of a batch as stored, known before payloads are read; each shard may exceed its part by one
             message.
-        readable_bytes: A message that takes more bytes, in the table or as text, comes without its contents.
+        readable_bytes: A message that takes more bytes, in the table or as text, comes without its contents. With 0,
+            only one comes that cannot be written out.
         shards: Shards of a batch, so that the other lanes find work too.
         lock_timeout: Wait for a message that somebody else has locked.
         transaction_timeout: PostgreSQL ends a transaction that is idle for longer: the fence against a paused relay.
@@ -147,7 +149,7 @@ def fewer(options: ClaimOptions, *, is_too_large: bool) -> ClaimOptions:
     gigabyte, and a hundred kilobytes of jsonb may have one: the claim that such a message is in fails. It has to be
     found, so that all others pass.
     """
-    messages = options.messages // _FEWER
+    messages = options.messages // _SHRINKING
     if messages >= options.shards:
         return replace(options, messages=messages)
     is_alone = options.messages == options.shards == 1
@@ -188,6 +190,8 @@ def claim(
         batch = _batch(connection.execute(take, parameters, prepare=True).fetchall(), began_at=began_at)
         if None in map(attrgetter("headers"), batch.messages):
             batch = _cut(batch, readable_bytes=options.readable_bytes)
+        if batch.messages and not options.readable_bytes:
+            batch = _too_large(connection, batch, schema=options.schema)
         if not batch.messages:
             connection.commit()  # not a rollback, after which the driver prepares the claim anew
     return batch
@@ -232,6 +236,21 @@ def _batch(rows: Sequence[TupleRow], *, began_at: float) -> Batch:
             waiting.append(shard)
     messages.sort(key=attrgetter("sequence_no"))
     return Batch(messages, generations, drained, waiting, began_at)
+
+
+def _too_large(connection: Connection, batch: Batch, *, schema: str) -> Batch:
+    """
+    Give *batch* with the first message if PostgreSQL cannot write that out, and otherwise with none.
+
+    The one that made the last claim fail may be another lane's by now, or parked. Then this one comes in its place, and
+    would be parked for it.
+    """
+    try:
+        with translated_errors(), connection.transaction():
+            connection.execute(statement("claim_text", schema=schema), {"id": batch.messages[0].id})
+    except AnswerTooLarge:
+        return replace(batch, messages=batch.messages[:1], is_cut=True)
+    return replace(batch, messages=[], is_cut=True)
 
 
 def _cut(batch: Batch, *, readable_bytes: int) -> Batch:

@@ -66,6 +66,8 @@ def _parse(entry: str) -> tuple[Point, Failpoint]:
     point, action, seconds = found["point"], found["action"], found["seconds"]
     if point not in get_args(Point):
         raise ValueError(f"there is no failpoint {point!r}: use one of {', '.join(get_args(Point))}")
+    if float(found["percent"] or 0) > 100:  # noqa: PLR2004 -- per cent
+        raise ValueError(f"{entry!r} is likelier than certain: write @100% at most")
     if action not in get_args(Action) or (action == "sleep") != (seconds is not None):
         raise ValueError(f"{entry!r} does nothing known: use kill, stop, raise or sleep:SECONDS")
     return cast("Point", point), Failpoint(

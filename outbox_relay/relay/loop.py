@@ -231,7 +231,7 @@ class Lane:
             )
         except Exception as error:
             self._telemetry.messages_republished(acknowledged, cause=_LOST_MARKS.get(type(error), "error"))
-            self._limits = fewer(self._limits, is_too_large=False)  # which are sent again if they are refused again
+            self._limits = fewer(self._limits, is_too_large=False)  # for each refusal sends all of them again
             raise
         self._telemetry.messages_republished(acknowledged - len(settlement.published), cause="order")
         return generations

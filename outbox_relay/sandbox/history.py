@@ -176,11 +176,16 @@ def expected_headers(
 
 def commit_to_arrival_seconds(history: History) -> list[float]:
     """Seconds from each commit to the message's first arrival, where both clocks are those of one machine."""
-    arrivals: dict[str, float] = {}
+    return [arrived_at - write.ended_at for write, arrived_at in arrivals(history)]
+
+
+def arrivals(history: History) -> list[tuple[Write, float]]:
+    """Give each committed message that is in Kafka, with the time of its first arrival."""
+    arrived_at: dict[str, float] = {}
     for record in history.records:
-        arrivals[record.message_id] = min(record.arrived_at, arrivals.get(record.message_id, record.arrived_at))
+        arrived_at[record.message_id] = min(record.arrived_at, arrived_at.get(record.message_id, record.arrived_at))
     return [
-        arrivals[write.message_id] - write.ended_at
+        (write, arrived_at[write.message_id])
         for write in history.writes
-        if write.outcome is Outcome.COMMITTED and write.message_id in arrivals
+        if write.outcome is Outcome.COMMITTED and write.message_id in arrived_at
     ]

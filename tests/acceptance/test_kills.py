@@ -11,7 +11,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from tests.fixtures.load import Plan, commit_messages
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import flaws, short_times
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -83,15 +83,15 @@ def test_a_second_signal_ends_the_relay_at_once(pipeline: Pipeline) -> None:
 
 
 def test_a_relay_frozen_beyond_its_transaction_does_no_harm_when_it_goes_on(pipeline: Pipeline) -> None:
-    short_times = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
+    times = short_times(publish_deadline=2)
     frozen_dsn = make_conninfo(pipeline.database.relay_dsn, application_name="frozen")
     with (
-        started(pipeline, database_url=frozen_dsn, **short_times) as frozen,
-        started(pipeline, **short_times) as other,
+        started(pipeline, database_url=frozen_dsn, **times) as frozen,
+        started(pipeline, **times) as other,
         pipeline.load(PLAN) as load,
     ):
         for _ in range(ZOMBIES):
-            freeze_in_transaction(pipeline, frozen, name="frozen")
+            pipeline.strike_in_transaction(frozen.pause, undo=frozen.resume, of="frozen")
             eventually(lambda: not pipeline.open_transactions(of="frozen"), message="the frozen relay keeps its locks")
             load.await_more(1_000)
             frozen.resume()
@@ -104,16 +104,3 @@ def test_a_relay_frozen_beyond_its_transaction_does_no_harm_when_it_goes_on(pipe
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"duplicated"}
     assert len(verdict.duplicated) <= ZOMBIES * LANES * BATCH_SIZE
-
-
-def freeze_in_transaction(pipeline: Pipeline, relay: Daemon, *, name: str) -> None:
-    """Stop the relay's clock while one of its transactions is open."""
-
-    def is_frozen() -> bool:
-        relay.pause()
-        if pipeline.open_transactions(of=name):
-            return True
-        relay.resume()
-        return False
-
-    eventually(is_frozen, message="the relay had no transaction open")

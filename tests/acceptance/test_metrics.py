@@ -12,6 +12,7 @@ from psycopg.conninfo import make_conninfo
 from outbox_relay.relay.canary import AGGREGATE_TYPE
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.load import commit_messages, insert_messages
+from tests.fixtures.pipeline import COMMIT_OF_MARKS
 from tests.fixtures.postgres import login
 from tests.fixtures.probes import scrape
 from tests.fixtures.proxy import TcpProxy
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from tests.fixtures.pipeline import Pipeline
 
 pytestmark = pytest.mark.kafka
-
-COMMIT = b"::bigint[]);\nCOMMIT\x00"  # as settling sends it, in one message with the marks
 
 FAIL_TWICE = """
 CREATE SEQUENCE attempt;
@@ -127,7 +126,7 @@ def test_messages_whose_mark_is_lost_are_counted_by_cause(pipeline: Pipeline) ->
         commit_messages(writer, "order-1", "order-1", "order-1")
         pipeline.await_settled()
         relay.await_value("published_messages_total", pipeline.topic("order"), expected=3)
-        proxy.cut_before(COMMIT)
+        proxy.cut_before(COMMIT_OF_MARKS)
         commit_messages(writer, "order-2", "order-2")
         pipeline.await_settled()
         causes = ("conflict", "error", "connection", "order")

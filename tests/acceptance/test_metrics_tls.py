@@ -124,7 +124,7 @@ def test_a_half_renewed_certificate_is_not_used_until_the_other_half_is_there(
     assert served(port) == renewed.path.read_text()
     relay.terminate()
     assert relay.wait() == 0
-    assert [event["level"] for event in relay.events if event["event"] == "certificate_not_renewed"] == ["warning"]
+    assert [event["level"] for event in relay.events_named("certificate_not_renewed")] == ["warning"]
 
 
 @pytest.mark.usefixtures("relay")

@@ -13,7 +13,7 @@ from outbox_relay.sandbox.kafka import KafkaCluster
 from outbox_relay.sandbox.ports import ReservedPort
 from outbox_relay.sandbox.postgres import PostgresServer
 from tests.fixtures.load import Plan, commit_messages
-from tests.fixtures.pipeline import Pipeline, flaws
+from tests.fixtures.pipeline import COMMIT_OF_MARKS, Pipeline, flaws, short_times
 from tests.fixtures.probes import ask
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from outbox_relay.sandbox.kafka import Kafka
-    from tests.fixtures.daemon import Daemon, Event
     from tests.fixtures.postgres import Database
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
@@ -31,21 +30,12 @@ LANES = 2
 BATCH_SIZE = 500
 AWAY_SECONDS = 8.0
 PUBLISH_DEADLINE = 3
-SHORT_TIMES = {"publish_deadline": PUBLISH_DEADLINE, "kafka__message_timeout_ms": 4000, "transaction_timeout": 5}
+SHORT_TIMES = short_times(publish_deadline=PUBLISH_DEADLINE)
 SLACK_SECONDS = 5.0
 KAFKA_BACK_SECONDS = 15.0
 CRASHES = 3
 REPLAYED_SECONDS = 2.0  # a crash loses marks of the last 3 x wal_writer_delay, 0.6 s, and of what commits meanwhile
 PLAN = Plan(writers=6, bulk_rows=100)
-COMMIT = b"::bigint[]);\nCOMMIT\x00"  # as settling sends it, in one message with the marks
-
-
-def named(relay: Daemon, name: str) -> list[Event]:
-    return [event for event in relay.events if event["event"] == name]
-
-
-def await_events(relay: Daemon, name: str, *, count: int, timeout: float = 30.0) -> None:
-    eventually(lambda: len(named(relay, name)) >= count, timeout=timeout, message=f"no {count} events {name}")
 
 
 def stays(condition: Callable[[], bool], *, seconds: float) -> bool:
@@ -67,7 +57,7 @@ def test_kafka_away_at_start_is_waited_for(own_kafka_pipeline: Pipeline, own_kaf
         own_kafka.restart()
         pipeline.await_settled(timeout=KAFKA_BACK_SECONDS)
         relay.wait_until_ready()
-        assert [len(named(relay, "kafka_lost")), len(named(relay, "kafka_recovered"))] == [1, 1]
+        assert [len(relay.events_named(name)) for name in ("kafka_lost", "kafka_recovered")] == [1, 1]
     assert flaws(pipeline.judge(writes)) == {}
 
 
@@ -106,7 +96,7 @@ def test_kafka_going_away_under_load_holds_no_transaction_open(
             relay.wait_for_event("kafka_recovered", timeout=KAFKA_BACK_SECONDS)
         pipeline.await_settled()
         assert ask(port.number, "/readyz") == (200, "ok\n")
-        assert [len(named(relay, "kafka_lost")), len(named(relay, "kafka_recovered"))] == [1, 1]
+        assert [len(relay.events_named(name)) for name in ("kafka_lost", "kafka_recovered")] == [1, 1]
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"duplicated"}
     assert len(verdict.duplicated) <= LANES * BATCH_SIZE
@@ -125,7 +115,7 @@ def test_database_away_at_start_is_waited_for(own_postgres_pipeline: Pipeline, o
         with pipeline.database.connect() as writer:
             writes = commit_messages(writer, "order-1", "payment-1")
         pipeline.await_settled()
-        assert [len(named(relay, "database_lost")), len(named(relay, "database_recovered"))] == [1, 1]
+        assert [len(relay.events_named(name)) for name in ("database_lost", "database_recovered")] == [1, 1]
     assert flaws(pipeline.judge(writes)) == {}
 
 
@@ -148,9 +138,9 @@ def test_crashes_of_the_database_under_load_lose_nothing(
             load.await_more(3_000)
             crashed_at.append(time.monotonic())
             crash(server)
-            await_events(relay, "database_lost", count=number)
+            relay.wait_for_events("database_lost", count=number)
             server.start()
-            await_events(relay, "database_recovered", count=number, timeout=SLACK_SECONDS)
+            relay.wait_for_events("database_recovered", count=number, timeout=SLACK_SECONDS)
         load.await_more(1_000)
         eventually(lambda: pipeline.unpublished() < BATCH_SIZE)
         relay.terminate()
@@ -165,7 +155,7 @@ def test_crashes_of_the_database_under_load_lose_nothing(
 
 def test_commit_that_the_server_never_got_repeats_its_batch(pipeline: Pipeline) -> None:
     with TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy:
-        proxy.cut_before(COMMIT)
+        proxy.cut_before(COMMIT_OF_MARKS)
         duplicated = publish_through(proxy, pipeline)
         assert proxy.fired["cut_before"] == 1
     assert duplicated == 100
@@ -173,7 +163,7 @@ def test_commit_that_the_server_never_got_repeats_its_batch(pipeline: Pipeline) 
 
 def test_commit_whose_reply_is_lost_repeats_nothing(pipeline: Pipeline) -> None:
     with TcpProxy("127.0.0.1", pipeline.database.server.port) as proxy:
-        proxy.swallow_reply_to(COMMIT)
+        proxy.swallow_reply_to(COMMIT_OF_MARKS)
         duplicated = publish_through(proxy, pipeline)
         assert proxy.fired["swallowed"] == 1
     assert duplicated == 0
@@ -200,7 +190,7 @@ def test_a_network_cut_again_and_again_under_load_loses_nothing(pipeline: Pipeli
                 for number in range(1, 6):
                     load.await_more(1_000)
                     proxy.cut()
-                    await_events(relay, "database_recovered", count=number)
+                    relay.wait_for_events("database_recovered", count=number)
             pipeline.await_settled()
         assert proxy.fired["cut"] >= 5
     verdict = pipeline.judge(load.writes)

@@ -175,7 +175,7 @@ def test_a_consumer_that_is_killed_behind_an_applied_replay_applies_it_once(
     pipeline: Pipeline, operator: Operator, ledger: Ledger, published: list[Write], guard: Guard
 ) -> None:
     desk = Desk(pipeline.kafka, ledger, *pipeline.topics)
-    config = {name: str(value) for name, value in desk.config(group_instance_id="1").items()}
+    config = desk.config(group_instance_id="1")
     options = Options(config=config, topics=desk.topics, dsn=ledger.dsn, guard=guard, replays="apply")
     with consumer_process(options) as consumer:
         desk.await_consumed(60)

@@ -14,7 +14,7 @@ from outbox_relay.sandbox.history import State
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import commit_messages, insert_messages
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import flaws, short_times
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kafka
 
-SHORT_TIMES = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
+SHORT_TIMES = short_times(publish_deadline=2)
 
 INSERT_POISON = """
 INSERT INTO outbox (aggregate_type, aggregate_id, event_type, headers)

@@ -99,7 +99,7 @@ Question = Connect | Pause | Claim | Probe | Publish | Settle
 
 @dataclass(slots=True)
 class Row:
-    """A row of the outbox; `published`, `parked` and neither, or gone: rolled back or skipped."""
+    """A row of the outbox: published, parked, neither yet, or gone, for it was rolled back or skipped."""
 
     message: Message
     is_committed: bool = True

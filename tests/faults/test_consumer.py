@@ -129,7 +129,7 @@ def test_a_member_frozen_in_mid_batch_that_goes_on_has_no_second_effect_and_move
     messages = numbered(100)
     config = desk.config(**SHORTEST_SESSION)
     dsn = make_conninfo(desk.ledger.dsn, application_name="zombie")
-    options = Options(config={**config}, topics=desk.topics, dsn=dsn, guard=guard)  # type: ignore[dict-item]
+    options = Options(config=config, topics=desk.topics, dsn=dsn, guard=guard)
     with consumer_process(options) as zombie:
         with desk.ledger.database.connect() as barrier:
             barrier.execute("LOCK TABLE account IN EXCLUSIVE MODE")

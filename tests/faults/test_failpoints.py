@@ -14,14 +14,14 @@ from psycopg.conninfo import make_conninfo
 
 from outbox_relay.relay.failpoints import Point
 from tests.fixtures.load import Plan, commit_messages
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import COMMIT_OF_MARKS, flaws, short_times
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.fixtures.daemon import Daemon, Event
+    from tests.fixtures.daemon import Daemon
     from tests.fixtures.pipeline import Pipeline
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
@@ -33,8 +33,7 @@ BATCH_SIZE = 100
 TIMEOUT_SECONDS = 120.0
 PLAN = Plan(writers=4, bulk_rows=100, longest_pause=0.05)
 SETTINGS = {"batch_size": BATCH_SIZE, "ordering_timeout": 60}  # no writer is given up on, however slow the machine
-SHORT_TIMES = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
-COMMIT = b"::bigint[]);\nCOMMIT\x00"  # as settling sends it, in one message with the marks
+SHORT_TIMES = short_times(publish_deadline=2)
 
 
 @contextmanager
@@ -45,8 +44,9 @@ def victim(pipeline: Pipeline, failpoints: str, **settings: str | float) -> Iter
         yield relay
 
 
-def reached(relay: Daemon) -> list[Event]:
-    return [event for event in relay.events if event["event"] == "failpoint_reached"]
+def reached(relay: Daemon) -> list[object]:
+    """The points at which something has happened so far."""
+    return [event["point"] for event in relay.events_named("failpoint_reached")]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -59,7 +59,7 @@ def test_a_kill_at_any_point_repeats_its_batch_at_most_and_nothing_where_none_wa
             for _ in range(KILLS):
                 with victim(pipeline, f"{point}=kill@{random.randint(1, 20)}") as relay:
                     assert relay.wait(timeout=TIMEOUT_SECONDS) == -signal.SIGKILL
-                    assert [event["point"] for event in reached(relay)] == [point]
+                    assert reached(relay) == [point]
         pipeline.await_settled(timeout=TIMEOUT_SECONDS)
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"duplicated"}
@@ -104,7 +104,7 @@ def killed_at_commit(pipeline: Pipeline, fault: Literal["cut_before", "swallowed
         behind_proxy = make_conninfo(pipeline.database.relay_dsn, port=proxy.port)
         with pipeline.relay(database_url=behind_proxy, lanes=1, batch_size=BATCH_SIZE) as relay:
             set_trap = proxy.cut_before if fault == "cut_before" else proxy.swallow_reply_to
-            set_trap(COMMIT, action=lambda: os.kill(relay.pid, signal.SIGKILL))
+            set_trap(COMMIT_OF_MARKS, action=lambda: os.kill(relay.pid, signal.SIGKILL))
             assert relay.wait(timeout=TIMEOUT_SECONDS) == -signal.SIGKILL
         assert proxy.fired[fault] == 1
     with pipeline.relays(1):
@@ -171,8 +171,8 @@ def test_an_unforeseen_error_at_any_point_is_logged_once_and_the_relay_goes_on(p
         pipeline.await_settled(timeout=TIMEOUT_SECONDS)
         relay.terminate()
         assert relay.wait(timeout=TIMEOUT_SECONDS) == 0
-        failed = [event["error"] for event in relay.events if event["event"] == "thread_failed"]
-        assert sorted(map(str, failed)) == sorted(f"RuntimeError('failpoint {point}')" for point in POINTS)
+        failed = [str(event["error"]) for event in relay.events_named("thread_failed")]
+        assert sorted(failed) == sorted(f"RuntimeError('failpoint {point}')" for point in POINTS)
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"duplicated"}
     assert len(verdict.duplicated) <= (len(POINTS) - len(NOTHING_OPEN)) * BATCH_SIZE
@@ -183,7 +183,7 @@ def test_a_relay_that_dawdles_at_any_point_repeats_nothing(pipeline: Pipeline, s
     with victim(pipeline, f"{failpoints},after_report=sleep:0.1@1%:{seed}") as relay:
         with pipeline.load(PLAN) as load:
             eventually(
-                lambda: {event["point"] for event in reached(relay)} == set(POINTS),
+                lambda: set(reached(relay)) == set(POINTS),
                 timeout=TIMEOUT_SECONDS,
                 message="it did not dawdle",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import confluent_kafka
@@ -22,9 +23,10 @@ from confluent_kafka.admin import (
 )
 
 from outbox_relay.sandbox.history import State
+from outbox_relay.sandbox.judge import judge
 from tests.fixtures.kafka import proxied_broker
 from tests.fixtures.load import Plan, commit_messages
-from tests.fixtures.pipeline import Pipeline, flaws
+from tests.fixtures.pipeline import Pipeline, flaws, short_times
 from tests.fixtures.topics import read_topic
 from tests.fixtures.waiting import eventually
 
@@ -44,7 +46,7 @@ PUBLISHED, PARKED = State.PUBLISHED, State.PARKED
 LANES = 2
 BATCH_SIZE = 500
 PLAN = Plan(writers=4, bulk_rows=100)
-SHORT_TIMES = {"publish_deadline": 3, "kafka__message_timeout_ms": 4000, "transaction_timeout": 5}
+SHORT_TIMES = short_times(publish_deadline=3)
 MORE_MEMORY_BYTES = 40 * 1024 * 1024
 REQUEST_SECONDS = 10
 
@@ -56,7 +58,8 @@ def broker() -> Iterator[tuple[KafkaCluster, TcpProxy]]:
 
 
 @pytest.fixture
-def cluster(broker: tuple[KafkaCluster, TcpProxy]) -> KafkaCluster:
+def kafka(broker: tuple[KafkaCluster, TcpProxy]) -> KafkaCluster:
+    """In the place of the broker that all tests share."""
     return broker[0]
 
 
@@ -69,15 +72,8 @@ def proxy(broker: tuple[KafkaCluster, TcpProxy]) -> Iterator[TcpProxy]:
 
 
 @pytest.fixture
-def pipeline(database: Database, cluster: KafkaCluster, topic_prefix: str, seed: int) -> Pipeline:
-    pipeline = Pipeline(database, cluster, prefix=topic_prefix, seed=seed)
-    pipeline.create_topics()
-    return pipeline
-
-
-@pytest.fixture
-def admin(cluster: KafkaCluster) -> AdminClient:
-    return AdminClient({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0})
+def admin(kafka: KafkaCluster) -> AdminClient:
+    return AdminClient({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0})
 
 
 def behind(proxy: TcpProxy) -> str:
@@ -86,10 +82,10 @@ def behind(proxy: TcpProxy) -> str:
 
 def await_batches(relay: Daemon, *, messages: int) -> int:
     """Wait until the relay has published so many messages from now on; give the number of batches that took."""
-    before = len(relay.events)
+    before = len(relay.events_named("batch_published"))
 
     def sizes() -> list[int]:
-        return [int(str(event["messages"])) for event in relay.events[before:] if event["event"] == "batch_published"]
+        return [int(str(event["messages"])) for event in relay.events_named("batch_published")[before:]]
 
     eventually(lambda: sum(sizes()) >= messages)
     return len(sizes())
@@ -126,7 +122,7 @@ def test_a_broker_slower_than_the_deadline_repeats_no_more_than_the_batches_in_h
         assert lost["reason"]
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"duplicated"}
-    late = sum(event["event"] == "kafka_lost" for event in relay.events)
+    late = len(relay.events_named("kafka_lost"))
     assert len(verdict.duplicated) <= late * LANES * BATCH_SIZE
 
 
@@ -166,27 +162,30 @@ def forbidden(admin: AdminClient, *, topic: str) -> Iterator[None]:
 
 
 def test_a_topic_that_is_forbidden_and_allowed_again_under_load_is_held_while_others_flow(
-    pipeline: Pipeline, cluster: KafkaCluster, admin: AdminClient, topic_prefix: str
+    pipeline: Pipeline, kafka: KafkaCluster, admin: AdminClient, topic_prefix: str
 ) -> None:
     rule = (ResourceType.TOPIC, topic_prefix, ResourcePatternType.PREFIXED, "User:relay", "*", AclOperation.ALL)
     grant = AclBinding(*rule, AclPermissionType.ALLOW)
     admin.create_acls([grant])[grant].result(REQUEST_SECONDS)
     login = {
-        "kafka__bootstrap_servers": cluster.servers_of("LOGIN"),
+        "kafka__bootstrap_servers": kafka.servers_of("LOGIN"),
         "kafka__security_protocol": "SASL_PLAINTEXT",
         "kafka__sasl_mechanism": "PLAIN",
         "kafka__sasl_username": "relay",
         "kafka__sasl_password": "let me in",
     }
+
+    def payments() -> int:
+        return len(read_topic(kafka.bootstrap_servers, pipeline.topic("payment")))
+
     with pipeline.relays(1, **login) as [relay]:
         with pipeline.load(PLAN) as load:
             load.await_more(500)
             with forbidden(admin, topic=pipeline.topic("order")):
                 assert relay.wait_for_event("topic_held")["topic"] == pipeline.topic("order")
-                flowed = len(read_topic(pipeline.kafka.bootstrap_servers, pipeline.topic("payment")))
+                flowed = payments()
                 load.await_more(500)
-                payments = pipeline.topic("payment")
-                eventually(lambda: len(read_topic(pipeline.kafka.bootstrap_servers, payments)) > flowed)
+                eventually(lambda: payments() > flowed)
         pipeline.await_settled()
         relay.wait_for_event("topic_released")
     verdict = pipeline.judge(load.writes)
@@ -258,17 +257,17 @@ def test_a_time_that_the_topic_refuses_parks_its_key_with_the_reason(pipeline: P
 
 
 def test_a_compacted_topic_takes_tombstones_and_even_an_empty_key(
-    database: Database, cluster: KafkaCluster, topic_prefix: str, seed: int
+    database: Database, kafka: KafkaCluster, topic_prefix: str, seed: int
 ) -> None:
-    pipeline = Pipeline(database, cluster, prefix=topic_prefix, seed=seed)
-    cluster.create_topic(pipeline.topic("order"), config={"cleanup.policy": "compact"})
+    pipeline = Pipeline(database, kafka, prefix=topic_prefix, seed=seed)
+    kafka.create_topic(pipeline.topic("order"), config={"cleanup.policy": "compact"})
     with pipeline.relays(1), database.connect() as writer:
         insert(writer, key="")
         insert(writer, key="gone", payload=None)
         insert(writer, key="", payload=None)
         pipeline.await_settled()
     assert pipeline.states() == [PUBLISHED] * 3
-    records = read_topic(cluster.bootstrap_servers, pipeline.topic("order"))
+    records = read_topic(kafka.bootstrap_servers, pipeline.topic("order"))
     assert [(record.key(), record.value()) for record in records] == [(b"", b"x"), (b"gone", None), (b"", None)]
 
 
@@ -286,7 +285,9 @@ def test_partitions_that_are_added_under_load_are_noticed_and_lose_nothing(
         relay.terminate()
         assert relay.wait() == 0
     assert (noticed["topic"], noticed["partitions"]) == (topic, 6)
-    assert sum(event["event"] == "partitions_changed" for event in relay.events) == 1
-    assert max(record.partition for record in pipeline.records() if record.topic == topic) > 2
-    # What came before is where it belonged then.
-    assert flaws(pipeline.judge(load.writes)).keys() == {"misplaced"}
+    assert len(relay.events_named("partitions_changed")) == 1
+    history = pipeline.history(load.writes)
+    assert max(record.partition for record in history.records if record.topic == topic) > 2
+    assert judge(history).misplaced  # what came before is where it belonged then
+    counts = {**history.partition_counts, topic: (3, 6)}
+    assert flaws(judge(replace(history, partition_counts=counts))) == {}

@@ -55,12 +55,14 @@ def test_the_producer_repeats_by_itself_what_failed_with(
         commit_messages(writer, "order-0")
         mocked.await_settled()
         assert mock_cluster.count_requests(ApiKey.PRODUCE) - before == TIMES + 1
-        assert [event for event in relay.events if event["event"] == "deliveries_failed"] == []
+        assert relay.events_named("deliveries_failed") == []
 
 
 def codes(relay: Daemon) -> set[str]:
     """Kafka's names of the errors that messages failed with."""
-    return {code for event in relay.events for code in cast("dict[str, int]", event.get("codes", {}))}
+    return {
+        code for event in relay.events_named("deliveries_failed") for code in cast("dict[str, int]", event["codes"])
+    }
 
 
 @pytest.mark.parametrize("code", FATAL.values(), ids=FATAL)

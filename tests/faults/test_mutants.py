@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from tests.fixtures.consumer_process import guards
 from tests.fixtures.daemon import Daemon
 from tests.fixtures.journal import create_journal, note, read_effects
 from tests.fixtures.ledger import Desk, publish, running
-from tests.fixtures.load import commit_messages, insert_messages, new_write, own_headers, payload_of
+from tests.fixtures.load import commit_messages, commit_poison, insert_messages, own_headers, payload_of
 from tests.fixtures.outbox import message
 from tests.fixtures.waiting import eventually
 
@@ -39,19 +38,6 @@ Start = Callable[..., Daemon]
 
 PUBLISHED = State.PUBLISHED
 LONG_SECONDS = 60
-INSERT_POISON = """
-INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload, headers)
-VALUES (%s, 'order', %s, 'happened', %s, %s)
-"""
-
-
-def commit_poison(writer: Connection, key: str) -> Write:
-    """A message that no relay can send, because a header is not a string."""
-    write = new_write(str(uuid.uuid4()), key=key)
-    headers = json.dumps({**own_headers(write.message_id), "attempt": 3})
-    writer.execute(INSERT_POISON, [write.message_id, key, payload_of(write.message_id), headers])
-    writer.commit()
-    return replace(write, outcome=Outcome.COMMITTED)
 
 
 def another_relay_has_claimed_the_first_message(pipeline: Pipeline, start: Start) -> History:
@@ -119,7 +105,7 @@ def overtake(pipeline: Pipeline, relay: Daemon, *, slow: Connection, quick: Conn
     late = insert_messages(slow, "order-1")
     writes = commit_messages(quick, "order-1")
     eventually(
-        lambda: PUBLISHED in pipeline.states() or "horizon_held" in {event["event"] for event in relay.events},
+        lambda: PUBLISHED in pipeline.states() or relay.events_named("horizon_held"),
         message="the relay neither publishes nor waits",
     )
     slow.commit()

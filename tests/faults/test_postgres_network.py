@@ -8,7 +8,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from tests.fixtures.load import Plan
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import flaws, short_times
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.waiting import eventually
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
 LANES = 2
 BATCH_SIZE = 500
-SHORT_TIMES = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
+SHORT_TIMES = short_times(publish_deadline=2)
 NOTICED_AFTER_MS = 3000  # half a minute unless the connection string says otherwise
 PLAN = Plan(writers=6, bulk_rows=100)
 
@@ -46,7 +46,7 @@ def test_a_host_that_vanished_loses_its_locks_and_comes_back_by_itself(pipeline:
         pipeline.relays(1, **sizes, **SHORT_TIMES),
     ):
         with pipeline.load(PLAN) as load:
-            vanish_in_transaction(pipeline, network, name="far")
+            pipeline.strike_in_transaction(network.blackhole, undo=network.heal, of="far")
             far.wait_for_event("database_lost")
             eventually(lambda: not pipeline.open_transactions(of="far"), message="the far relay keeps its locks")
             load.await_more(500)
@@ -59,19 +59,6 @@ def test_a_host_that_vanished_loses_its_locks_and_comes_back_by_itself(pipeline:
     assert len(verdict.duplicated) <= LANES * BATCH_SIZE
 
 
-def vanish_in_transaction(pipeline: Pipeline, network: TcpProxy, *, name: str) -> None:
-    """Lose the network while a transaction of *name* is open."""
-
-    def is_open_and_vanished() -> bool:
-        network.blackhole()
-        if pipeline.open_transactions(of=name):
-            return True
-        network.heal()
-        return False
-
-    eventually(is_open_and_vanished, message="the relay had no transaction open")
-
-
 def test_a_slow_network_repeats_and_overtakes_nothing(pipeline: Pipeline, network: TcpProxy) -> None:
     far_dsn = make_conninfo(pipeline.database.relay_dsn, port=network.port)
     with pipeline.relays(1, database_url=far_dsn) as [relay]:
@@ -80,5 +67,5 @@ def test_a_slow_network_repeats_and_overtakes_nothing(pipeline: Pipeline, networ
             load.await_more(1_000)
         pipeline.await_settled()
         assert network.fired["delayed"] > 0
-        assert [event for event in relay.events if event["event"] in ("database_lost", "claim_conflicted")] == []
+        assert relay.events_named("database_lost", "claim_conflicted") == []
     assert flaws(pipeline.judge(load.writes)) == {}

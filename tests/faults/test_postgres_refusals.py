@@ -13,7 +13,7 @@ from psycopg import sql
 
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.load import Plan, commit_messages
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import TERMINATE_RELAYS, flaws
 from tests.fixtures.probes import ask
 from tests.fixtures.waiting import eventually
 
@@ -43,13 +43,6 @@ WHERE datname = current_database()
     AND state <> 'idle'
 """)
 
-TERMINATE_RELAY = """
-SELECT pg_terminate_backend(pid)
-FROM pg_stat_activity
-WHERE datname = current_database()
-    AND application_name LIKE 'outbox-relay%'
-"""
-
 FAIL_MARKS: LiteralString = """
 CREATE SEQUENCE attempted_mark;
 GRANT USAGE ON SEQUENCE attempted_mark TO outbox_relay;
@@ -64,23 +57,13 @@ CREATE TRIGGER fail_mark AFTER UPDATE ON outbox FOR EACH STATEMENT EXECUTE FUNCT
 """
 
 
-def named(relay: Daemon, name: str) -> list[str]:
-    """What each event of this name says of its cause."""
-    return [str(event.get("error", event.get("reason"))) for event in relay.events if event["event"] == name]
-
-
-def await_events(relay: Daemon, name: str, *, count: int) -> list[str]:
-    eventually(lambda: len(named(relay, name)) >= count, message=f"no {count} events {name}")
-    return named(relay, name)
-
-
 @contextmanager
 def probed_relay(pipeline: Pipeline) -> Iterator[tuple[Daemon, int]]:
     """A relay that is ready, and the port of its probes."""
-    port = ReservedPort().number
-    with pipeline.relay(metrics_port=port, lanes=LANES) as relay:
+    port = ReservedPort()
+    with pipeline.relay(metrics_port=port.number, lanes=LANES) as relay:
         relay.wait_until_ready()
-        yield relay, port
+        yield relay, port.number
 
 
 def assert_it_goes_on(pipeline: Pipeline, relay: Daemon, port: int) -> None:
@@ -105,7 +88,7 @@ def test_a_table_lock_that_waits_is_not_made_to_wait_by_the_relay(pipeline: Pipe
             reader.execute("SELECT FROM outbox")
             migrating = thread.submit(add_column, pipeline)
             eventually(lambda: waiting_for_table(writer), message="the migration does not wait")
-        await_events(relay, "claim_conflicted", count=3)
+        relay.wait_for_events("claim_conflicted", count=3)
         assert not migrating.done()
         reader.rollback()
         migrating.result()
@@ -128,8 +111,8 @@ def test_a_message_that_stays_locked_is_asked_for_again_and_again(pipeline: Pipe
         writes = commit_messages(somebody, "order-1", "order-1")
         somebody.execute("SELECT FROM outbox FOR UPDATE")
         with pipeline.relays(1, lock_timeout=0.2, lanes=1) as [relay]:
-            causes = await_events(relay, "claim_conflicted", count=3)
-            assert all("lock timeout" in cause for cause in causes)
+            conflicts = relay.wait_for_events("claim_conflicted", count=3)
+            assert all("lock timeout" in str(conflict["error"]) for conflict in conflicts)
             somebody.rollback()
             pipeline.await_settled()
     assert flaws(pipeline.judge(writes)) == {}
@@ -143,8 +126,7 @@ def test_a_relay_that_is_the_victim_of_a_deadlock_tries_again(pipeline: Pipeline
         with pipeline.relays(1, lock_timeout=25, lanes=1) as [relay]:
             eventually(pipeline.waits_for_lock)
             somebody.execute("SELECT FROM outbox_shard FOR UPDATE")
-            [cause, *_] = await_events(relay, "claim_conflicted", count=1)
-            assert "deadlock detected" in cause
+            assert "deadlock detected" in str(relay.wait_for_event("claim_conflicted")["error"])
             somebody.rollback()
             pipeline.await_settled()
     assert flaws(pipeline.judge(writes)) == {}
@@ -181,7 +163,7 @@ def test_sessions_that_an_administrator_ends_under_load_repeat_their_batches_at_
             load.await_more(300)
             eventually(lambda: admin.execute(end).fetchall() != [(0,)], message="no lane was at work")
             if function == "pg_terminate_backend":
-                await_events(relay, "database_recovered", count=number)
+                relay.wait_for_events("database_recovered", count=number)
     with pipeline.relays(1):
         pipeline.await_settled()
     verdict = pipeline.judge(load.writes)
@@ -197,7 +179,7 @@ def test_orderly_restarts_of_the_database_under_load_lose_nothing(own_postgres_p
             for number in range(1, RESTARTS + 1):
                 load.await_more(500)
                 server.restart("fast")
-                await_events(relay, "database_recovered", count=number)
+                relay.wait_for_events("database_recovered", count=number)
         pipeline.await_settled()
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"unknown", "recovered", "duplicated"}
@@ -222,7 +204,7 @@ def test_a_database_that_takes_no_relay_is_asked_until_it_does(
     name = sql.Identifier(pipeline.database.name)
     with probed_relay(pipeline) as (relay, port), pipeline.database.connect(autocommit=True) as admin:
         admin.execute(sql.SQL(refuse).format(name))
-        admin.execute(TERMINATE_RELAY)
+        admin.execute(TERMINATE_RELAYS)
         eventually(lambda: ask(port, "/readyz")[0] == 503)
         assert cause in refusal(pipeline)
         assert ask(port, "/livez") == (200, "ok\n")
@@ -242,7 +224,7 @@ def test_a_server_that_shuts_down_or_starts_up_is_waited_for(own_postgres_pipeli
         with pipeline.database.connect(autocommit=True) as admin:  # a smart shutdown waits for this session
             os.kill(server.pid, signal.SIGTERM)
             eventually(lambda: "received smart shutdown" in server.log_path.read_text())
-            admin.execute(TERMINATE_RELAY)
+            admin.execute(TERMINATE_RELAYS)
             eventually(lambda: "the database system is shutting down" in server.log_path.read_text())
             eventually(lambda: ask(port, "/readyz")[0] == 503)
         server.stop("fast")

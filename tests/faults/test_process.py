@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from outbox_relay.sandbox.history import State
+from outbox_relay.sandbox.history import Outcome, State
 from tests.fixtures.daemon import Daemon, outbox_relay
 from tests.fixtures.load import Plan
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import flaws, short_times
 from tests.fixtures.waiting import eventually
 from tests.fixtures.wall_clock import WallClock
 
@@ -28,7 +28,7 @@ WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today", "localtime", "gmtime
 
 LANES = 2
 BATCH_SIZE = 500
-SHORT_TIMES = {"publish_deadline": 2, "kafka__message_timeout_ms": 3000, "transaction_timeout": 4}
+SHORT_TIMES = short_times(publish_deadline=2)
 GRACE_SECONDS = 25.0  # the default of DRAIN_TIMEOUT
 PLAN = Plan(writers=6, bulk_rows=100)
 HOURS = 3600
@@ -42,10 +42,6 @@ INSERT_LARGE = """
 INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload_bytes)
 SELECT 'order', 'order-' || number %% 7, 'happened', %s FROM generate_series(1, %s) AS number
 """
-
-
-def named(relay: Daemon, *names: str) -> list[object]:
-    return [event["event"] for event in relay.events if event["event"] in names]
 
 
 @pytest.mark.kafka
@@ -82,7 +78,7 @@ def test_a_relay_that_is_stopped_for_a_moment_goes_on_as_if_nothing_had_been(pip
                 load.await_more(500)
                 relay.resume()
         pipeline.await_settled()
-        assert named(relay, "database_lost", "kafka_lost", "deliveries_failed", "thread_failed") == []
+        assert relay.events_named("database_lost", "kafka_lost", "deliveries_failed", "thread_failed") == []
     assert flaws(pipeline.judge(load.writes)) == {}
 
 
@@ -104,8 +100,9 @@ def test_a_wall_clock_that_jumps_by_hours_changes_nothing(pipeline: Pipeline, wa
         assert relay.wait() == 0
     said_on = {str(event["timestamp"])[:10] for event in relay.events}
     assert len(said_on) > 1  # its log is the one thing that shows the other clock
-    assert named(relay, "database_lost", "kafka_lost", "deliveries_failed", "thread_failed", "writer_given_up") == []
-    assert len(pipeline.rows()) == sum(write.outcome.value == "committed" for write in load.writes)
+    failures = ("database_lost", "kafka_lost", "deliveries_failed", "thread_failed", "writer_given_up")
+    assert relay.events_named(*failures) == []
+    assert len(pipeline.rows()) == sum(write.outcome is Outcome.COMMITTED for write in load.writes)
     assert flaws(pipeline.judge(load.writes)) == {}
 
 
@@ -113,6 +110,8 @@ def wall_clock_reads(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in WALL_CLOCKS:
             yield ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "time":
+            yield from (name.name for name in node.names if name.name in WALL_CLOCKS)
 
 
 @pytest.mark.parametrize("room", DECIDING)
@@ -131,5 +130,5 @@ def test_messages_of_a_megabyte_pass_through_little_memory(pipeline: Pipeline) -
     limited = ["prlimit", f"--data={MEMORY_LIMIT_BYTES}", *outbox_relay("run")]
     with Daemon(pipeline.environment(lanes=LANES), command=limited) as relay:
         pipeline.await_settled(timeout=60 + MEMORY_ROWS / 20)
-        assert named(relay, "thread_failed", "database_lost", "kafka_lost") == []
+        assert relay.events_named("thread_failed", "database_lost", "kafka_lost") == []
     assert pipeline.states() == [State.PUBLISHED] * MEMORY_ROWS

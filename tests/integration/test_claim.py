@@ -355,10 +355,14 @@ def test_messages_that_take_far_more_bytes_as_text_come_one_by_one(lane: Connect
         publish(lane, *batch.messages)
 
 
-def test_nothing_is_read_if_no_byte_is_readable(lane: Connection, writer: Connection) -> None:
+def test_with_no_readable_byte_a_message_that_can_be_written_out_is_left_for_the_next_claim(
+    lane: Connection, writer: Connection
+) -> None:
     insert(writer, "1", payload={"n": 1})
-    [message] = take(lane, options=ClaimOptions(readable_bytes=0)).messages
-    assert (message.payload, message.headers) == (None, None)
+    options = ClaimOptions(messages=1, shards=1, readable_bytes=0)
+    batch = take(lane, options=options)
+    assert (batch.messages, batch.may_have_more(options)) == ([], True)
+    assert numbers(take(lane)) == [1]
 
 
 def test_a_message_that_somebody_else_locks_ends_in_a_conflict_after_the_lock_timeout(

@@ -37,6 +37,14 @@ def test_events_and_other_lines_are_told_apart() -> None:
         assert daemon.other_lines == ["no JSON\n"]
 
 
+def test_events_that_did_not_come_are_missed() -> None:
+    with Daemon({}, command=python(LOGS_AND_WAITS)) as daemon:
+        daemon.wait_until_ready()
+        assert daemon.events_named("relay_started", "relay_stopped") == [{"event": "relay_started", "lanes": 2}]
+        with pytest.raises(TimeoutError, match="not 2 x the event relay_started within"):
+            daemon.wait_for_events("relay_started", count=2, timeout=0.1)
+
+
 def test_exit_code_is_the_process_own() -> None:
     with Daemon({}, command=python(LOGS_AND_WAITS)) as daemon:
         daemon.wait_until_ready()
@@ -70,5 +78,5 @@ def test_readiness_comes_from_the_probe_where_there_is_one() -> None:
 
 def test_process_that_ends_early_is_reported_with_its_last_words() -> None:
     ends = python("import sys; sys.exit('no such table')")
-    with Daemon({}, command=ends) as daemon, pytest.raises(AssertionError, match="exit code 1: no such table"):
+    with Daemon({}, command=ends) as daemon, pytest.raises(AssertionError, match="exit code 1\nno such table"):
         daemon.wait_until_ready()

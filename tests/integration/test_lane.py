@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import structlog
 
 from outbox_relay import database as relay_database
+from outbox_relay.errors import AnswerTooLarge
 from outbox_relay.observe.metrics import Metrics
 from outbox_relay.observe.telemetry import Telemetry
+from outbox_relay.relay import loop
+from outbox_relay.relay.claim import claim
 from outbox_relay.relay.failures import WITHDRAWN
 from outbox_relay.relay.loop import Lane, LaneOptions
 from outbox_relay.relay.message import Addressing
@@ -25,10 +28,13 @@ if TYPE_CHECKING:
 
     from psycopg import Connection
 
+    from outbox_relay.relay.claim import Batch
     from outbox_relay.relay.failures import Outcome
     from outbox_relay.relay.message import Record
     from outbox_relay.relay.publish import Publisher
     from tests.fixtures.postgres import Database
+
+FAILURES_UNTIL_ALONE = 4  # 5,000 messages, 312, 19, one
 
 
 class Answers:
@@ -118,6 +124,24 @@ def test_producers_that_were_rebuilt_are_counted_once(database: Database, writer
         count = metrics.registry.get_sample_value
         eventually(lambda: count("outbox_relay_rebuilt_producers_total") == 2)
     assert answers.sizes == [1, 1, 1]
+
+
+def test_a_message_that_another_lane_has_parked_meanwhile_puts_no_blame_on_the_next_one(
+    database: Database, writer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert(writer, "a", "b", "a")
+    writer.commit()
+    met: list[str] = []
+
+    def claim_behind_the_other_lane(connection: Connection, **options: Any) -> Batch:  # noqa: ANN401 -- those of claim
+        if len(met) < FAILURES_UNTIL_ALONE:
+            met.append("the guilty one")
+            raise AnswerTooLarge("as by a message that another lane parks now")
+        return claim(connection, **options)
+
+    monkeypatch.setattr(loop, "claim", claim_behind_the_other_lane)
+    with running(database, Answers(), Metrics()):
+        eventually(lambda: published(writer) == 3)
 
 
 def test_a_message_that_no_server_can_write_out_is_parked_and_holds_up_no_other(

@@ -85,6 +85,14 @@ def test_trap_springs_once(database: Database, proxy: TcpProxy) -> None:
         assert conn.execute("SELECT 'needle'").fetchone() == ("needle",)
 
 
+def test_a_trap_that_nobody_has_sprung_is_disarmed_by_healing(database: Database, proxy: TcpProxy) -> None:
+    proxy.cut_before(b"needle")
+    proxy.heal()
+    with connect(database, proxy) as conn:
+        assert conn.execute("SELECT 'needle'").fetchone() == ("needle",)
+    assert proxy.fired == {}
+
+
 def test_blackhole_keeps_connections_open_and_answers_nothing(database: Database, proxy: TcpProxy) -> None:
     with connect(database, proxy) as conn:
         proxy.blackhole()

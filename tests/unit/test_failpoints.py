@@ -49,6 +49,7 @@ def test_every_action_is_read_with_the_time_at_which_it_is_due() -> None:
             "after_claim=kill@0",
             "'after_claim=kill@0' is no failpoint: write POINT=ACTION, POINT=ACTION@N or POINT=ACTION@P%:SEED",
         ),
+        ("after_claim=kill@150%", "'after_claim=kill@150%' is likelier than certain: write @100% at most"),
         (
             "lunch=kill",
             (

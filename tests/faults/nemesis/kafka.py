@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tests.faults.soak.relay import DEADLINE_SECONDS
-from tests.faults.soak.stage import DidNotFire, comes_true, pause
+from tests.faults.soak.stage import noticed, pause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,14 +43,13 @@ def kafka_slow(stage: Stage, _chance: Random) -> Iterator[None]:
 @contextmanager
 def kafka_silent(stage: Stage, _chance: Random) -> Iterator[None]:
     """Connections stay open, and no answer comes before the deadline."""
-    lost = stage.count("kafka_lost")
     stage.broker.pause()
-    pause(DEADLINE_SECONDS + MARGIN_SECONDS)
-    yield
-    is_noticed = comes_true(lambda: stage.count("kafka_lost") > lost)
-    stage.broker.resume()
-    if not is_noticed:
-        raise DidNotFire
+    try:
+        with noticed(stage, "kafka_lost"):
+            pause(DEADLINE_SECONDS + MARGIN_SECONDS)
+            yield
+    finally:
+        stage.broker.resume()
 
 
 KAFKA = (kafka_killed, kafka_stopped, kafka_slow, kafka_silent)

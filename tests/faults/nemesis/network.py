@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tests.faults.soak.stage import DidNotFire, comes_true
+from tests.fixtures.pipeline import COMMIT_OF_MARKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from tests.faults.soak.stage import Stage
     from tests.fixtures.proxy import Fault, TcpProxy
 
-MARKS_COMMIT = b"::bigint[]);\nCOMMIT\x00"  # as settling sends it, in one message with the marks
 WRITERS_COMMIT = b"COMMIT\x00"
 
 
@@ -31,22 +31,23 @@ def relay_cut_off(stage: Stage, chance: Random) -> Iterator[None]:
 def relay_in_a_black_hole(stage: Stage, chance: Random) -> Iterator[None]:
     """Connections stay open and nothing comes through: the hosts learn of it by their time-outs only."""
     network = chance.choice(stage.relays).network
-    network.blackhole()
-    yield
-    network.heal()
+    with counted(network, "blackholed"):
+        network.blackhole()
+        yield
+        network.heal()
 
 
 @contextmanager
 def commit_of_marks_lost(stage: Stage, chance: Random) -> Iterator[None]:
     network = chance.choice(stage.relays).network
-    with sprung(network, network.cut_before, MARKS_COMMIT, "cut_before"):
+    with sprung(network, network.cut_before, COMMIT_OF_MARKS, "cut_before"):
         yield
 
 
 @contextmanager
 def answer_to_commit_of_marks_lost(stage: Stage, chance: Random) -> Iterator[None]:
     network = chance.choice(stage.relays).network
-    with sprung(network, network.swallow_reply_to, MARKS_COMMIT, "swallowed"):
+    with sprung(network, network.swallow_reply_to, COMMIT_OF_MARKS, "swallowed"):
         yield
 
 
@@ -88,6 +89,7 @@ def sprung(network: TcpProxy, lay_trap: Callable[[bytes], None], pattern: bytes,
         lay_trap(pattern)
         yield
         comes_true(lambda: network.fired[fault] > before)
+        network.heal()
 
 
 NETWORK = (

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import uuid
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from outbox_relay.sandbox.history import Hold, Outcome
+from outbox_relay.sandbox.history import Hold
 from outbox_relay.sandbox.reading import read_ends
-from tests.faults.soak.stage import DidNotFire, comes_true
-from tests.fixtures.load import new_write, own_headers, payload_of
+from tests.faults.soak.stage import SIGN_SECONDS, DidNotFire
+from tests.fixtures.load import POISON, commit_poison, type_of
+from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
     from outbox_relay.sandbox.history import Place
     from tests.faults.soak.stage import Stage
 
-POISON = {"attempt": 3}  # a header is a string
-INSERT_POISON = """
-INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload, headers)
-VALUES (%s, %s, %s, 'happened', %s, %s)
-RETURNING id, sequence_no
-"""
-IS_PARKED = "SELECT FROM outbox WHERE id = %s AND parked_at IS NOT NULL"
+SELECT_PARKED = "SELECT id, sequence_no FROM outbox WHERE message_id = %s AND parked_at IS NOT NULL"
 REPLAYED = 200
 
 
@@ -35,7 +28,8 @@ def poison_mended(stage: Stage, chance: Random) -> Iterator[None]:
     """A message is parked with what comes behind it; it is edited, and all of them are released."""
     with parked(stage, key=chance.choice(stage.keys)) as id_:
         yield
-        stage.command("parked", "edit", id_, "--remove-header=attempt", dsn=stage.operator_dsn)
+        edits = [f"--remove-header={name}" for name in POISON]
+        stage.command("parked", "edit", id_, *edits, dsn=stage.operator_dsn)
     stage.command("parked", "release", id_, dsn=stage.operator_dsn)
 
 
@@ -76,22 +70,17 @@ def migrated(stage: Stage, _chance: Random) -> Iterator[None]:
 @contextmanager
 def parked(stage: Stage, *, key: str) -> Iterator[str]:
     """Write a message that Kafka would refuse, wait until it is parked, and record what lay behind it meanwhile."""
-    write = new_write(str(uuid.uuid4()), key=key)
-    aggregate_type = key.partition("-")[0]
     with stage.pipeline.database.connect(autocommit=True) as connection:
-        values = [
-            write.message_id,
-            aggregate_type,
-            key,
-            payload_of(write.message_id),
-            json.dumps(own_headers(write.message_id) | POISON),
-        ]
-        [(id_, number)] = connection.execute(INSERT_POISON, values).fetchall()
-        stage.writes.append(replace(write, outcome=Outcome.COMMITTED))
-        assert comes_true(lambda: connection.execute(IS_PARKED, [id_]).fetchone() is not None), "it is not parked"
+        write = commit_poison(connection, key)
+        stage.writes.append(write)
+        [(id_, number)] = eventually(
+            lambda: connection.execute(SELECT_PARKED, [write.message_id]).fetchall(),
+            timeout=SIGN_SECONDS,
+            message="it is not parked",
+        )
     begins = ends_of(stage)
     yield str(id_)
-    stage.holds.append(Hold(aggregate_type, key, number, begins=begins, ends=ends_of(stage)))
+    stage.holds.append(Hold(type_of(key), key, number, begins=begins, ends=ends_of(stage)))
 
 
 def ends_of(stage: Stage) -> dict[Place, int]:

@@ -6,20 +6,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tests.faults.nemesis.sessions import holding
-from tests.faults.soak.stage import DidNotFire, comes_true
+from tests.faults.soak.stage import DidNotFire, comes_true, noticed
 from tests.fixtures.load import insert_messages
+from tests.fixtures.pipeline import TERMINATE_RELAYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from random import Random
 
     from tests.faults.soak.stage import Stage
-
-TERMINATE = """
-SELECT count(pg_terminate_backend(pid))
-FROM pg_stat_activity
-WHERE datname = current_database() AND application_name LIKE 'outbox-relay %'
-"""
 
 
 @contextmanager
@@ -46,7 +41,7 @@ def postgres_killed(stage: Stage, _chance: Random) -> Iterator[None]:
 @contextmanager
 def relays_sessions_terminated(stage: Stage, _chance: Random) -> Iterator[None]:
     with stage.pipeline.database.connect(autocommit=True) as admin:
-        [(terminated,)] = admin.execute(TERMINATE).fetchall()
+        [(terminated,)] = admin.execute(TERMINATE_RELAYS).fetchall()
     yield
     if not terminated:
         raise DidNotFire
@@ -74,41 +69,35 @@ def snapshot_held(stage: Stage, _chance: Random) -> Iterator[None]:
 @contextmanager
 def rows_held(stage: Stage, _chance: Random) -> Iterator[None]:
     """Rows that a relay claims next, by somebody who takes no shard first: it waits, and tries again."""
-    conflicts = stage.count("claim_conflicted")
-    with holding(stage, "LOCK TABLE outbox_shard IN EXCLUSIVE MODE") as connection:
-        connection.execute("SELECT FROM outbox WHERE published_at IS NULL AND parked_at IS NULL FOR UPDATE")
-        yield
-        is_noticed = comes_true(lambda: stage.count("claim_conflicted") > conflicts)
-    if not is_noticed:
-        raise DidNotFire
+    with stage.pipeline.database.connect() as somebody:
+        with holding(stage, "LOCK TABLE outbox_shard IN EXCLUSIVE MODE"):  # until then no relay takes them
+            comes_true(stage.pipeline.unpublished)
+            somebody.execute("SELECT FROM outbox WHERE published_at IS NULL AND parked_at IS NULL FOR UPDATE")
+        with noticed(stage, "claim_conflicted"):
+            yield
 
 
 @contextmanager
 def writer_left_open(stage: Stage, _chance: Random) -> Iterator[None]:
-    given_up = stage.count("writer_given_up")
-    with stage.pipeline.database.connect() as writer:
+    with stage.pipeline.database.connect() as writer, noticed(stage, "writer_given_up"):
         writes = insert_messages(writer, *stage.keys)
         yield
-        is_noticed = comes_true(lambda: stage.count("writer_given_up") > given_up)
-        writer.commit()
     stage.committed(writes)
-    if not is_noticed:
-        raise DidNotFire
 
 
 @contextmanager
 def transaction_prepared(stage: Stage, chance: Random) -> Iterator[None]:
-    given_up, gid = stage.count("writer_given_up"), f"forgotten-{chance.randrange(2**32)}"
+    gid = f"forgotten-{chance.randrange(2**32)}"
     with stage.pipeline.database.connect(autocommit=True) as writer:
         writer.execute("BEGIN")
         writes = insert_messages(writer, *stage.keys)
         writer.execute(f"PREPARE TRANSACTION '{gid}'")
-        yield
-        is_noticed = comes_true(lambda: stage.count("writer_given_up") > given_up)
-        writer.execute(f"COMMIT PREPARED '{gid}'")
-    stage.committed(writes)
-    if not is_noticed:
-        raise DidNotFire
+        try:
+            with noticed(stage, "writer_given_up"):
+                yield
+        finally:
+            writer.execute(f"COMMIT PREPARED '{gid}'")
+            stage.committed(writes)
 
 
 POSTGRES = (

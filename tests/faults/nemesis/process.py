@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from outbox_relay.relay.failpoints import Point
 from tests.faults.nemesis.sessions import holding
 from tests.faults.soak.relay import TRANSACTION_SECONDS
-from tests.faults.soak.stage import DidNotFire, comes_true, pause
+from tests.faults.soak.stage import DidNotFire, comes_true, noticed, pause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 FROZEN_SECONDS = 1.0
 STOPPED_AT_ONCE = 128 + signal.SIGTERM
-FAILPOINTS = ("before_claim", "after_claim", "after_produce", "after_report", "before_settle", "after_commit")
+FAILPOINTS = get_args(Point)
 LATEST_VISIT = 5
 
 
@@ -54,13 +55,12 @@ def relay_killed_at_a_point(stage: Stage, chance: Random) -> Iterator[None]:
 @contextmanager
 def relay_meets_an_unforeseen_error(stage: Stage, chance: Random) -> Iterator[None]:
     relay = chance.choice(stage.relays)
-    failures = relay.count("thread_failed")
-    restart(relay, failpoints=f"{chance.choice(FAILPOINTS)}=raise@{chance.randint(1, LATEST_VISIT)}")
-    yield
-    is_noticed = comes_true(lambda: relay.count("thread_failed") > failures)
-    restart(relay)
-    if not is_noticed:
-        raise DidNotFire
+    try:
+        with noticed(relay, "thread_failed"):
+            restart(relay, failpoints=f"{chance.choice(FAILPOINTS)}=raise@{chance.randint(1, LATEST_VISIT)}")
+            yield
+    finally:
+        restart(relay)
 
 
 @contextmanager

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from psycopg.conninfo import make_conninfo
 
-from tests.fixtures.proxy import TcpProxy
-
 if TYPE_CHECKING:
     import signal
 
     from tests.fixtures.daemon import Daemon, Event
     from tests.fixtures.pipeline import Pipeline
+    from tests.fixtures.proxy import TcpProxy
 
 DEADLINE_SECONDS = 3
 TRANSACTION_SECONDS = 5
@@ -37,8 +36,8 @@ END_SECONDS = 30.0
 class Relay:
     """The nemesis ends and starts its processes; whatever else ends one is a flaw."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.network = TcpProxy(pipeline.database.server.host, pipeline.database.server.port)
+    def __init__(self, pipeline: Pipeline, *, network: TcpProxy) -> None:
+        self.network = network
         self._pipeline = pipeline
         self._daemons: list[Daemon] = []
 
@@ -69,9 +68,9 @@ class Relay:
 
     def count(self, event: str) -> int:
         """How often its processes have logged *event*."""
-        return sum(entry.get("event") == event for entry in self.log)
+        return sum(len(daemon.events_named(event)) for daemon in self._daemons)
 
-    def close(self) -> None:
+    def kill(self) -> None:
+        """End whatever still runs."""
         for daemon in self._daemons:
             daemon.kill()
-        self.network.__exit__()

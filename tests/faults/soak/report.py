@@ -9,7 +9,7 @@ from operator import attrgetter
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
-from outbox_relay.sandbox.history import Outcome
+from outbox_relay.sandbox.history import arrivals
 from outbox_relay.sandbox.judge import judge
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FaultCount:
     Attributes:
         struck: How often it was to strike.
         fired: How often there was a sign that it did.
-        recovery_seconds: Of the times it struck alone: from the healing until all committed before was settled.
+        recovery_seconds: Of the times it fired alone: from the healing until all committed before was settled.
         duplicates: Records beyond the first that arrived from its beginning until the next one began.
     """
 
@@ -134,16 +134,12 @@ def _duplicates(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _latencies(history: History, *, incidents: Sequence[Incident]) -> dict[str, list[float]]:
-    arrivals: dict[str, float] = {}
-    for record in history.records:
-        arrivals[record.message_id] = min(record.arrived_at, arrivals.get(record.message_id, record.arrived_at))
     begins = [incident.began_at for incident in incidents]
     found: dict[str, list[float]] = {"undisturbed": [], "during a fault": [], "just after it": []}
-    for write in history.writes:
-        if write.outcome is Outcome.COMMITTED and write.message_id in arrivals:
-            index = bisect_right(begins, write.ended_at) - 1
-            period = _period(incidents[index], at=write.ended_at) if index >= 0 else "undisturbed"
-            found[period].append(arrivals[write.message_id] - write.ended_at)
+    for write, arrived_at in arrivals(history):
+        index = bisect_right(begins, write.ended_at) - 1
+        period = _period(incidents[index], at=write.ended_at) if index >= 0 else "undisturbed"
+        found[period].append(arrived_at - write.ended_at)
     return found
 
 

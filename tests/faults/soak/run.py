@@ -81,7 +81,7 @@ class Soak:
 def soak(
     stage: Stage, result: Soak, *, faults: Collection[str], seed: int, seconds: float, tell: Callable[[str], None]
 ) -> None:
-    """Strike for so long, heal everything, wait until all of it has gone through; fill in *result* meanwhile."""
+    """Strike for so long, heal everything, wait until all of it has gone through; fill in *result*, whatever fails."""
     stop = Event()
     with ThreadPoolExecutor(2) as threads:
         try:
@@ -99,8 +99,8 @@ def soak(
             eventually(lambda: stage.is_consumed, timeout=LAST_SECONDS, message="the consumers are behind")
         finally:
             stop.set()
-        result.oldest_transaction_seconds = watched.result()
-        result.history = _history(stage, records.result(), incidents=len(result.incidents))
+            result.oldest_transaction_seconds = watched.result()
+            result.history = _history(stage, records.result(), incidents=len(result.incidents))
 
 
 def _strike_for(

@@ -20,13 +20,14 @@ from tests.fixtures.consumer_process import Options, consumer_process
 from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.journal import create_journal
 from tests.fixtures.load import Plan, key_of
-from tests.fixtures.postgres import create_login
+from tests.fixtures.postgres import login
 from tests.fixtures.proxy import TcpProxy
 from tests.fixtures.topics import committed
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import LiteralString
 
     from outbox_relay.sandbox.history import Hold, Write
     from outbox_relay.sandbox.kafka import Kafka
@@ -91,7 +92,7 @@ class Stage:
 
     def start_consumer(self, guard: Guard) -> Daemon:
         """Start one more member of the group of *guard*."""
-        config: dict[str, str | int] = {
+        config = {
             "bootstrap.servers": self.kafka.bootstrap_servers,
             "group.id": self._group(guard),
             "session.timeout.ms": SESSION_TIMEOUT_MS,
@@ -159,25 +160,41 @@ def comes_true(condition: Callable[[], object], *, seconds: float = SIGN_SECONDS
 
 
 @contextmanager
+def noticed(relays: Stage | Relay, event: str) -> Iterator[None]:
+    """The fault has fired if *relays* log *event*, from the beginning of the body on; it is waited for at its end."""
+    before = relays.count(event)
+    yield
+    if not comes_true(lambda: relays.count(event) > before):
+        raise DidNotFire
+
+
+@contextmanager
 def staged(pipeline: Pipeline, *, inbox: Database) -> Iterator[Stage]:
     """Set the stage and start everything but the writers."""
     database = pipeline.database
     create_journal(inbox)
     with ExitStack() as stack:
-        network = stack.enter_context(TcpProxy(database.server.host, database.server.port))
+
+        def network() -> TcpProxy:
+            return stack.enter_context(TcpProxy(database.server.host, database.server.port))
+
+        def dsn_of(group: LiteralString) -> str:
+            return database.server.dsn(database.name, user=stack.enter_context(login(database, group=group)))
+
+        writers_network = network()
         stage = Stage(
             pipeline=pipeline,
             server=database.server,
             kafka=pipeline.kafka,
             inbox=inbox,
-            load=pipeline.load(PLAN, through=network),
-            writers_network=network,
-            operator_dsn=database.server.dsn(database.name, user=create_login(database, group="outbox_operator")),
-            pruner_dsn=database.server.dsn(database.name, user=create_login(database, group="outbox_pruner")),
+            load=pipeline.load(PLAN, through=writers_network),
+            writers_network=writers_network,
+            operator_dsn=dsn_of("outbox_operator"),
+            pruner_dsn=dsn_of("outbox_pruner"),
         )
         for _ in range(RELAYS):
-            relay = Relay(pipeline)
-            stack.callback(relay.close)
+            relay = Relay(pipeline, network=network())
+            stack.callback(relay.kill)
             stage.relays.append(relay)
             relay.start()
         for guard in GUARDS:
