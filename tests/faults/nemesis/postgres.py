@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
+
+from psycopg.errors import LockNotAvailable
 
 from tests.faults.nemesis.sessions import holding
 from tests.faults.soak.stage import DidNotFire, comes_true, noticed
 from tests.fixtures.load import insert_messages
 from tests.fixtures.pipeline import TERMINATE_RELAYS
+from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,8 +58,14 @@ def shards_held(stage: Stage, _chance: Random) -> Iterator[None]:
 
 @contextmanager
 def table_locked(stage: Stage, _chance: Random) -> Iterator[None]:
-    """As a migration by hand does that does not mind its time-outs."""
-    with holding(stage, "LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE"):
+    """
+    As by a migration, which does not wait for its lock for long and tries again.
+
+    Without a time-out nobody might ever go on: a writer with two sessions can hold the table with one and, with the
+    other, wait behind the lock. PostgreSQL sees no deadlock in that.
+    """
+    with ExitStack() as held:
+        eventually(lambda: locks_table(stage, held), message="the table could not be locked")
         yield
 
 
@@ -98,6 +107,17 @@ def transaction_prepared(stage: Stage, chance: Random) -> Iterator[None]:
         finally:
             writer.execute(f"COMMIT PREPARED '{gid}'")
             stage.committed(writes)
+
+
+def locks_table(stage: Stage, held: ExitStack) -> bool:
+    """Whether the table could be locked within a tenth of a second; it is until *held* is left."""
+    try:
+        held.enter_context(
+            holding(stage, "SET LOCAL lock_timeout = '100ms'; LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
+        )
+    except LockNotAvailable:
+        return False
+    return True
 
 
 POSTGRES = (
