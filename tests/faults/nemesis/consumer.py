@@ -6,7 +6,8 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tests.faults.soak.stage import SESSION_TIMEOUT_MS, DidNotFire, pause
+from tests.faults.nemesis.sessions import ended
+from tests.faults.soak.stage import SESSION_TIMEOUT_MS, pause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,11 +52,8 @@ def consumer_frozen(stage: Stage, chance: Random) -> Iterator[None]:
 
 @contextmanager
 def consumers_sessions_terminated(stage: Stage, _chance: Random) -> Iterator[None]:
-    with stage.inbox.connect(autocommit=True) as admin:
-        [(terminated,)] = admin.execute(TERMINATE).fetchall()
-    yield
-    if not terminated:
-        raise DidNotFire
+    with ended(stage.inbox, TERMINATE):
+        yield
 
 
 CONSUMER = (consumer_killed, consumer_joins_and_leaves, consumer_frozen, consumers_sessions_terminated)

@@ -85,11 +85,12 @@ def counted(network: TcpProxy, fault: Fault) -> Iterator[None]:
 def sprung(network: TcpProxy, lay_trap: Callable[[bytes], None], pattern: bytes, fault: Fault) -> Iterator[None]:
     """Lay a trap, and wait until somebody has sprung it."""
     before = network.fired[fault]
-    with counted(network, fault):
-        lay_trap(pattern)
-        yield
-        comes_true(lambda: network.fired[fault] > before)
-        network.heal()
+    lay_trap(pattern)
+    yield
+    has_sprung = comes_true(lambda: network.fired[fault] > before)
+    network.heal()
+    if not has_sprung:
+        raise DidNotFire
 
 
 NETWORK = (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from psycopg.errors import LockNotAvailable
 
-from tests.faults.nemesis.sessions import holding
-from tests.faults.soak.stage import DidNotFire, comes_true, noticed
+from tests.faults.nemesis.sessions import ended, holding
+from tests.faults.soak.stage import comes_true, noticed
 from tests.fixtures.load import insert_messages
 from tests.fixtures.pipeline import TERMINATE_RELAYS
 from tests.fixtures.waiting import eventually
@@ -43,11 +43,8 @@ def postgres_killed(stage: Stage, _chance: Random) -> Iterator[None]:
 
 @contextmanager
 def relays_sessions_terminated(stage: Stage, _chance: Random) -> Iterator[None]:
-    with stage.pipeline.database.connect(autocommit=True) as admin:
-        [(terminated,)] = admin.execute(TERMINATE_RELAYS).fetchall()
-    yield
-    if not terminated:
-        raise DidNotFire
+    with ended(stage.pipeline.database, TERMINATE_RELAYS):
+        yield
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""Sessions in PostgreSQL that hold what others need."""
+"""Sessions in PostgreSQL that hold what others need, or that are ended."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from tests.faults.soak.stage import DidNotFire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
     from tests.faults.soak.stage import Stage
+    from tests.fixtures.postgres import Database
 
 
 @contextmanager
@@ -21,3 +24,13 @@ def holding(stage: Stage, statement: LiteralString) -> Iterator[Connection]:
         connection.execute(f"BEGIN; {statement}")
         yield connection
         connection.rollback()
+
+
+@contextmanager
+def ended(database: Database, statement: LiteralString) -> Iterator[None]:
+    """End sessions by *statement*, which counts them; there have to be some."""
+    with database.connect(autocommit=True) as admin:
+        [(count,)] = admin.execute(statement).fetchall()
+    yield
+    if not count:
+        raise DidNotFire
