@@ -92,12 +92,12 @@ def await_batches(relay: Daemon, *, messages: int) -> int:
 
 
 def test_a_slow_broker_gets_fewer_and_larger_batches_and_repeats_nothing(pipeline: Pipeline, proxy: TcpProxy) -> None:
-    settings: dict[str, str | float] = {"lanes": LANES, "batch_size": BATCH_SIZE, "log_level": "debug"}
+    settings: dict[str, str | float] = {"lanes": LANES, "batch_size": 10 * BATCH_SIZE, "log_level": "debug"}
     with pipeline.relays(1, kafka__bootstrap_servers=behind(proxy), **settings) as [relay]:
         with pipeline.load(PLAN) as load:
-            quick, memory = await_batches(relay, messages=1_000), relay.peak_memory_bytes
-            proxy.slow_down(seconds=0.25)
-            slow = await_batches(relay, messages=1_000)
+            quick, memory = await_batches(relay, messages=5_000), relay.peak_memory_bytes
+            proxy.slow_down(seconds=0.5)
+            slow = await_batches(relay, messages=5_000)
             assert proxy.fired["delayed"] >= 2 * slow
             proxy.heal()
         pipeline.await_settled()

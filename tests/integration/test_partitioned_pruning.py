@@ -16,6 +16,7 @@ from psycopg.conninfo import make_conninfo
 from outbox_relay import database as relay_database
 from outbox_relay.errors import DatabaseConflict, SchemaMismatch
 from outbox_relay.operate import migrate
+from outbox_relay.operate import prune as command
 from outbox_relay.operate.prune import Pruned, count_prunable, prune
 from outbox_relay.relay.prune import PrunedBatch, PruneOptions, Pruner, first_kept_id, open_partition, prune_partition
 from outbox_relay.sql import statement
@@ -87,6 +88,10 @@ def let_time_pass(admin: Connection, *, days: int) -> None:
     ):
         moved = ", ".join(f"{column} = {column} - interval '{days} days'" for column in columns)
         admin.execute(f"UPDATE {table} SET {moved}".encode())
+
+
+def waits_for_a_lock(admin: Connection) -> list[object]:
+    return [*admin.execute("SELECT FROM pg_locks WHERE NOT granted")]
 
 
 def next_day(admin: Connection, pruner: Connection) -> None:
@@ -309,6 +314,38 @@ def test_a_reader_is_waited_for_no_longer_than_half_a_second_and_writers_get_thr
             insert(writer, "2")
             assert isinstance(pruning.exception(), DatabaseConflict)
         writer.commit()
+    pruner.rollback()
+    assert prune_all(pruner).messages == 1
+
+
+def test_a_prune_tries_again_while_a_reader_is_in_the_way(
+    database: Database, admin: Connection, pruner: Connection
+) -> None:
+    insert(admin, "1")
+    admin.execute("UPDATE outbox SET published_at = now()")
+    next_day(admin, pruner)
+    let_time_pass(admin, days=8)
+    with database.connect() as reader, ThreadPoolExecutor(1) as threads:
+        reader.execute("SELECT FROM outbox")
+        pruning = threads.submit(prune_all, pruner)
+        for is_waiting in (True, False):  # it waits for the reader, and has given up once
+            eventually(lambda wanted=is_waiting: bool(waits_for_a_lock(admin)) == wanted)  # type: ignore[misc]
+        reader.rollback()
+        assert pruning.result().messages == 1
+
+
+def test_a_prune_ends_when_what_is_in_the_way_stays(
+    monkeypatch: pytest.MonkeyPatch, database: Database, admin: Connection, pruner: Connection
+) -> None:
+    monkeypatch.setattr(command, "_ATTEMPTS", 2)
+    insert(admin, "1")
+    admin.execute("UPDATE outbox SET published_at = now()")
+    next_day(admin, pruner)
+    let_time_pass(admin, days=8)
+    with database.connect() as reader:
+        reader.execute("SELECT FROM outbox")
+        with pytest.raises(DatabaseConflict, match="lock timeout"):
+            prune_all(pruner)
     pruner.rollback()
     assert prune_all(pruner).messages == 1
 

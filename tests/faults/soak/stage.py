@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from psycopg.conninfo import make_conninfo
 
+from outbox_relay.cli.exits import ExitCode
 from outbox_relay.sandbox.history import Outcome
 from outbox_relay.sandbox.kafka import KafkaCluster
 from outbox_relay.sandbox.reading import read_ends
@@ -49,6 +50,10 @@ SIGN_SECONDS = 15.0
 
 class DidNotFire(Exception):
     """The fault was to strike, and there is no sign that it did."""
+
+
+class TryLater(Exception):
+    """A command could not do its work now, for other faults are at work."""
 
 
 @dataclass(slots=True)
@@ -110,7 +115,12 @@ class Stage:
                 member.kill()
 
     def command(self, *arguments: str, dsn: str) -> str:
-        """Run a command of `outbox-relay` as the login of *dsn*, and give what it printed."""
+        """
+        Run a command of `outbox-relay` as the login of *dsn*, and give what it printed.
+
+        Raises:
+            TryLater: It says so itself.
+        """
         environment = {**os.environ, **self.pipeline.environment(database_url=dsn)}
         done = subprocess.run(
             outbox_relay(*arguments),
@@ -121,6 +131,8 @@ class Stage:
             check=False,
             timeout=COMMAND_SECONDS,
         )
+        if done.returncode == ExitCode.UNAVAILABLE:
+            raise TryLater(done.stderr)
         assert done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stderr}"
         return done.stdout
 
