@@ -16,11 +16,14 @@ import trove_classifiers
 from packaging.metadata import Metadata
 
 from outbox_relay import __version__
+from outbox_relay.cli.exits import ExitCode
 from tests.fixtures.parts import missing_part
 from tests.fixtures.wheels import CHECKOUT, Environment, build, install, lend_dependencies
 
 if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
+
+UV = [sys.executable, "-m", "uv"]
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,48 @@ def test_the_libraries_import_nothing_of_the_daemon(base_install: Environment) -
     assert {name for name in third_parties if not name.startswith("_")} <= ours
 
 
+@pytest.fixture(scope="module")
+def lowest_install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The wheel with the lowest versions of all that it says it works with."""
+    environment = install(wheel, tmp_path_factory.mktemp("lowest"))
+    python = str(environment.directory / "bin" / "python")
+    extras = [f"--extra={name}" for name in ("demo", "django", "kafka", "metrics", "otel", "sqlalchemy")]
+    command = [*UV, "pip", "install", "--quiet", "--python", python, "--resolution=lowest-direct", *extras]
+    installed = subprocess.run(
+        [*command, "--requirement", str(CHECKOUT / "pyproject.toml")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if "error sending request" in installed.stderr:
+        missing_part(f"the package index cannot be reached: {installed.stderr.strip()[-200:]}")
+    assert installed.returncode == 0, installed.stderr
+    return environment
+
+
+def test_every_module_can_be_imported_with_the_lowest_versions(lowest_install: Environment, wheel: Path) -> None:
+    modules = [
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in contents(wheel)
+        if name.endswith(".py")
+    ]
+    finished = lowest_install.run("python", "-W", "error", "-c", f"import {', '.join(modules)}")
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_settings_are_read_and_checked_with_the_lowest_versions(lowest_install: Environment) -> None:
+    finished = lowest_install.run("outbox-relay", "config", "show", OUTBOX_RELAY_SCHEMA='a"; drop')
+    assert finished.returncode == ExitCode.CONFIGURATION
+    assert "OUTBOX_RELAY_SCHEMA: 'a\"; drop' is no plain lower-case identifier" in finished.stderr
+
+
+def test_the_demo_runs_with_the_lowest_versions(lowest_install: Environment) -> None:
+    finished = lowest_install.run("outbox-relay", "demo", "--kafka=mock")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.endswith("Nothing is lost, nothing is a phantom, every key is in order.\n")
+
+
 def test_without_the_extra_the_command_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
     environment = install(wheel, tmp_path / "environment")
     finished = environment.run("python", "-m", "outbox_relay", "run")
@@ -154,17 +199,9 @@ def test_without_the_extra_the_command_says_what_to_install(wheel: Path, tmp_pat
 
 
 def test_the_command_runs_without_being_installed(wheel: Path) -> None:
-    uv = Path(sys.executable).with_name("uv")
-    command = [
-        str(uv),
-        "tool",
-        "run",
-        "--isolated",
-        "--from",
-        f"outbox-relay[daemon] @ {wheel.as_uri()}",
-        "outbox-relay",
-    ]
-    finished = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120, check=False)
+    requirement = f"outbox-relay[daemon] @ {wheel.as_uri()}"
+    command = [*UV, "tool", "run", "--isolated", "--from", requirement, "outbox-relay", "--version"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if "error sending request" in finished.stderr:
         missing_part(f"the package index cannot be reached: {finished.stderr.strip()[-200:]}")
     assert (finished.returncode, finished.stdout) == (0, f"outbox-relay, version {__version__}\n"), finished.stderr

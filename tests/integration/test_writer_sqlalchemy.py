@@ -40,20 +40,30 @@ def placed(key: str = "4711", **fields: Any) -> Message:  # noqa: ANN401 -- the 
     return Message(aggregate_type="order", aggregate_id=key, event_type="placed", **fields)
 
 
-def url(shop: Shop) -> str:
-    return shop.dsn.replace("postgresql://", "postgresql+psycopg://")
+def url(shop: Shop, *, driver: str) -> str:
+    return shop.dsn.replace("postgresql://", f"postgresql+{driver}://")
+
+
+@pytest.fixture(params=["psycopg", "psycopg2"])
+def driver(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["psycopg", "asyncpg"])
+def async_driver(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def engine(shop: Shop) -> Iterator[Engine]:
-    engine = create_engine(url(shop))
+def engine(shop: Shop, driver: str) -> Iterator[Engine]:
+    engine = create_engine(url(shop, driver=driver))
     yield engine
     engine.dispose()
 
 
-def run_async(shop: Shop, work: Callable[[Any], Awaitable[object]], *, open_session: type) -> None:
+def run_async(shop: Shop, work: Callable[[Any], Awaitable[object]], *, open_session: type, driver: str) -> None:
     async def run() -> None:
-        engine = create_async_engine(url(shop))
+        engine = create_async_engine(url(shop, driver=driver))
         try:
             async with engine.connect() if open_session is AsyncConnection else AsyncSession(engine) as session:
                 await work(session)
@@ -107,9 +117,11 @@ def test_a_savepoint_takes_back_its_own_messages_only(shop: Shop, session: Conne
 
 @EACH_SESSION
 @pytest.mark.parametrize("where", ["engine", "connection"])
-def test_autocommit_is_refused_because_it_would_be_a_dual_write(shop: Shop, open_session: type, where: str) -> None:
+def test_autocommit_is_refused_because_it_would_be_a_dual_write(
+    shop: Shop, driver: str, open_session: type, where: str
+) -> None:
     level: Any = {"isolation_level": "AUTOCOMMIT"}
-    engine = create_engine(url(shop), **level) if where == "engine" else create_engine(url(shop))
+    engine = create_engine(url(shop, driver=driver), **level if where == "engine" else {})
     connection = engine.connect().execution_options(**level if where == "connection" else {})
     with connection, connection if open_session is Connection else Session(connection) as session:
         for attempt in (write, write_deferred):
@@ -198,7 +210,7 @@ def test_the_outbox_may_be_in_a_schema_that_is_not_searched(shop: Shop, engine: 
 
 
 @EACH_ASYNC_SESSION
-def test_asynchronous_sessions_write_the_same(shop: Shop, open_session: type) -> None:
+def test_asynchronous_sessions_write_the_same(shop: Shop, async_driver: str, open_session: type) -> None:
     async def work(session: AsyncConnection | AsyncSession) -> None:
         await OUTBOX.write_async(session, placed("1"))
         savepoint = await session.begin_nested()
@@ -208,12 +220,12 @@ def test_asynchronous_sessions_write_the_same(shop: Shop, open_session: type) ->
         await session.commit()
         await OUTBOX.write_async(session, placed("never committed"))
 
-    run_async(shop, work, open_session=open_session)
+    run_async(shop, work, open_session=open_session, driver=async_driver)
     assert shop.keys() == ["1", "2", "3"]
 
 
 @EACH_ASYNC_SESSION
-def test_asynchronous_autocommit_is_refused_too(shop: Shop, open_session: type) -> None:
+def test_asynchronous_autocommit_is_refused_too(shop: Shop, async_driver: str, open_session: type) -> None:
     async def work(session: AsyncConnection | AsyncSession) -> None:
         if isinstance(session, AsyncConnection):
             await session.execution_options(isolation_level="AUTOCOMMIT")
@@ -222,12 +234,12 @@ def test_asynchronous_autocommit_is_refused_too(shop: Shop, open_session: type) 
         await OUTBOX.write_async(session, placed())
 
     with pytest.raises(NoTransaction):
-        run_async(shop, work, open_session=open_session)
+        run_async(shop, work, open_session=open_session, driver=async_driver)
     assert shop.keys() == []
 
 
 @EACH_ASYNC_SESSION
-def test_asynchronous_blocks_defer_as_well(shop: Shop, open_session: type) -> None:
+def test_asynchronous_blocks_defer_as_well(shop: Shop, async_driver: str, open_session: type) -> None:
     async def work(session: AsyncConnection | AsyncSession) -> None:
         async with OUTBOX.transaction_async(session) as outer:
             outer.write(placed("outer"))
@@ -238,5 +250,5 @@ def test_asynchronous_blocks_defer_as_well(shop: Shop, open_session: type) -> No
                     failed.write(placed("failed"))
                     raise ZeroDivisionError
 
-    run_async(shop, work, open_session=open_session)
+    run_async(shop, work, open_session=open_session, driver=async_driver)
     assert shop.keys() == ["inner", "outer"]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
+import confluent_kafka
 import psycopg
 import pytest
 
 from outbox_relay.consumer import Inbox
 from outbox_relay.consumer.kafka import Consumer
-from outbox_relay.consumer.kafka.reader import checked
+from outbox_relay.consumer.kafka.reader import OLDEST_VERSION, checked
 from outbox_relay.errors import ConfigurationError
 
 
@@ -37,6 +40,21 @@ def test_a_group_must_be_named(config: dict[str, object]) -> None:
 def test_what_would_lose_messages_is_refused(name: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=f"^{name} = .* is refused: .*; remove it$"):
         checked({"group.id": "billing", name: value})
+
+
+def test_a_librdkafka_that_passes_over_messages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, number in [("2.13.1", 0x020D01FF), ("1.9.2", 0x010902FF)]:
+        monkeypatch.setattr(confluent_kafka, "libversion", lambda given=(text, number): given)
+        with pytest.raises(ConfigurationError, match=rf"^librdkafka {text} can pass over messages: pip install"):
+            checked({"group.id": "billing"})
+    monkeypatch.setattr(confluent_kafka, "libversion", lambda: ("2.13.2", 0x020D02FF))
+    assert checked({"group.id": "billing"})
+
+
+def test_the_oldest_librdkafka_is_the_one_that_is_installed_with_the_extra() -> None:
+    checkout = Path(__file__).parents[2]
+    extras = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["kafka"] == ["confluent-kafka>=" + ".".join(map(str, OLDEST_VERSION))]
 
 
 def test_the_same_values_as_ours_are_taken_and_the_beginning_is_where_a_new_group_begins() -> None:

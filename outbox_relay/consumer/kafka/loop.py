@@ -124,7 +124,8 @@ class Consumer:
         on_batch: Called after each batch, for metrics.
 
     Raises:
-        ConfigurationError: `group.id` is missing, or a setting that is the loop's own has another value.
+        ConfigurationError: `group.id` is missing, a setting that is the loop's own has another value, or librdkafka is
+            older than 2.13.2.
     """
 
     def __init__(

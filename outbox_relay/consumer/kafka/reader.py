@@ -26,6 +26,7 @@ _OURS = {
     "enable.auto.offset.store": (False, "offsets are committed after the effects, or a crash would lose messages"),
     "enable.partition.eof": (True, "the end of a partition shows that it is being read, and may be paused"),
 }
+OLDEST_VERSION = 2, 13, 2  # of librdkafka; see its changelog
 _TRUE, _FALSE = {"true", "t", "1"}, {"false", "f", "0"}
 
 
@@ -34,8 +35,15 @@ def checked(config: Mapping[str, object]) -> dict[str, object]:
     Complete librdkafka's settings in *config*.
 
     Raises:
-        ConfigurationError: `group.id` is missing, or a setting that is ours has another value.
+        ConfigurationError: `group.id` is missing, a setting that is ours has another value, or librdkafka is so old
+            that the end of one partition in a batch moves the position in another, past messages.
     """
+    text, number = confluent_kafka.libversion()
+    if tuple(number.to_bytes(4)[:3]) < OLDEST_VERSION:
+        raise ConfigurationError(
+            f"librdkafka {text} can pass over messages: pip install 'outbox-relay[kafka]', which needs "
+            f"{'.'.join(map(str, OLDEST_VERSION))} or newer"
+        )
     if not config.get("group.id"):
         raise ConfigurationError("group.id is not set: name the group that shares the topics among its members")
     for name, (value, reason) in _OURS.items():
