@@ -263,9 +263,19 @@ def test_the_loop_stops_while_the_database_is_away(desk: Desk) -> None:
     assert time.monotonic() - stopped_at < STOP_SECONDS
 
 
-@pytest.mark.parametrize("protocol", ["range", "cooperative-sticky"])
-def test_partitions_move_to_a_member_that_joins_and_back_when_it_leaves(wide_desk: Desk, protocol: str) -> None:
-    config = wide_desk.config(partition_assignment_strategy=protocol)
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"partition_assignment_strategy": "range"},
+        {"partition_assignment_strategy": "cooperative-sticky"},
+        {"group_protocol": "consumer"},
+    ],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_partitions_move_to_a_member_that_joins_and_back_when_it_leaves(
+    wide_desk: Desk, protocol: dict[str, str]
+) -> None:
+    config = wide_desk.config(**protocol)
     messages = numbered(300, keys=40)
     joining = Desk(wide_desk.kafka, wide_desk.ledger, wide_desk.topic)
     with running(wide_desk.consumer(config=config)):
