@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from confluent_kafka import ElectionType, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from outbox_relay.sandbox.history import State
+from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.kafka import running_cluster
 from tests.fixtures.load import Plan, commit_messages
 from tests.fixtures.pipeline import Pipeline, flaws, short_times
@@ -16,6 +19,8 @@ from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from confluent_kafka.admin import PartitionMetadata
 
     from outbox_relay.sandbox.kafka import KafkaCluster
     from tests.fixtures.postgres import Database
@@ -109,3 +114,57 @@ def test_two_of_three_brokers_killed_under_load_hold_everything_until_one_is_bac
     lost = len(relay.events_named("kafka_lost"))
     assert flaws(verdict).keys() <= {"duplicated"}
     assert len(verdict.duplicated) <= lost * LANES * BATCH_SIZE
+
+
+def test_what_an_unclean_election_throws_away_is_still_in_the_table_and_can_be_replayed(
+    database: Database, kafka: KafkaCluster, topic_prefix: str, seed: int
+) -> None:
+    """A limit: what Kafka acknowledged and forgets afterwards is marked published."""
+    pipeline = Pipeline(database, kafka, prefix=topic_prefix, seed=seed)
+    for name in ("payment", "parcel"):
+        kafka.create_topic(pipeline.topic(name))
+    create_fragile_topic(pipeline, "order", leader=1, follower=2)
+    with pipeline.relays(1, **SHORT_TIMES), database.connect() as writer:
+        writes = commit_messages(writer, "order-1")
+        pipeline.await_settled()
+        kafka.kill(2)
+        eventually(lambda: order_partition(pipeline).isrs == [1])
+        lost = commit_messages(writer, "order-1", "order-2")
+        pipeline.await_settled()
+        kafka.kill(1)
+        kafka.restart(2)
+        eventually(lambda: order_partition(pipeline).leader == 2, timeout=60)
+        kafka.restart(1)
+        last = commit_messages(writer, "order-2")
+        pipeline.await_settled()
+        writes += lost + last
+        ids = sorted(write.message_id for write in lost)
+        verdict = pipeline.judge(writes)
+        assert sorted(verdict.lost) == sorted(verdict.false_mark) == ids
+        replay(pipeline, numbers=range(2, 4))
+    assert sorted(pipeline.judge(writes).replayed) == ids
+
+
+def create_fragile_topic(pipeline: Pipeline, name: str, *, leader: int, follower: int) -> None:
+    """Of one partition with two copies, of which the leader alone is enough, and a stale one may lead."""
+    config = {"min.insync.replicas": "1", "unclean.leader.election.enable": "true"}
+    topic = NewTopic(pipeline.topic(name), 1, replica_assignment=[[leader, follower]], config=config)
+    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    admin.create_topics([topic])[topic.topic].result(REQUEST_SECONDS)
+    eventually(lambda: order_partition(pipeline).isrs == [leader, follower])
+
+
+def order_partition(pipeline: Pipeline) -> PartitionMetadata:
+    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    topic = pipeline.topic("order")
+    return admin.list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions[0]
+
+
+def replay(pipeline: Pipeline, *, numbers: range) -> None:
+    bounds = [f"--from-sequence={numbers[0]}", f"--through-sequence={numbers[-1]}"]
+    subprocess.run(
+        outbox_relay("replay", *bounds, "--why=unclean election", "--yes"),
+        env=os.environ | pipeline.environment(database_url=pipeline.database.dsn),
+        check=True,
+        timeout=120,
+    )
