@@ -319,9 +319,7 @@ class Overtaken:
     def commit(self, *, state: str = "published_at = now()") -> None:
         """End the transaction, and bring its message into *state*."""
         self.writer.commit()
-        self._admin.execute(
-            f"UPDATE outbox SET {state} WHERE transaction_id = (SELECT max(transaction_id) FROM outbox)".encode()
-        )
+        self._admin.execute(f"UPDATE outbox SET {state} WHERE id = (SELECT max(id) FROM outbox)".encode())
 
     def recorded(self) -> list[int]:
         found = self._admin.execute(
