@@ -151,7 +151,9 @@ def test_the_libraries_import_nothing_of_the_daemon(base_install: Environment) -
 
 @pytest.fixture(scope="module")
 def lowest_install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """The wheel with the lowest versions of all that it says it works with."""
+    """The wheel with the lowest versions of all that it says it works with, on the lowest Python."""
+    if sys.version_info >= (3, 12):
+        pytest.skip("some of the lowest versions are of a time before this Python")
     environment = install(wheel, tmp_path_factory.mktemp("lowest"))
     python = str(environment.directory / "bin" / "python")
     extras = [f"--extra={name}" for name in ("demo", "django", "kafka", "metrics", "otel", "sqlalchemy")]
