@@ -31,7 +31,7 @@ demo: setup  ## Show the main job in under a minute (ARGS=--kafka=broker for a r
 	@$(BIN)/outbox-relay demo $(ARGS)
 
 test: setup  ## Run the whole test suite (ARGS='-k claim' to choose)
-	@$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: setup  ## Check style, types and layers
 	@$(BIN)/ruff check .

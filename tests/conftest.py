@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    import pytest
 
 pytest_plugins = [
     "tests.fixtures.postgres",
@@ -17,8 +20,7 @@ pytest_plugins = [
     "tests.fixtures.image",
 ]
 
-CHART = Path(__file__).with_name("chart")
-SOAK = Path(__file__).parent / "faults" / "test_soak.py"
+CHART, SOAK = "tests/chart", "tests/faults/test_soak.py"
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -26,13 +28,19 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """
-    Keep the tests of a file in one process, for the sake of what they share, and all that wait for helm's build.
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+    """Keeps the tests of a file in one process, for the sake of what they share, and all that wait for helm's build."""
 
-    The soak takes minutes and little of the machine: it begins first, so that nobody waits for it in the end.
-    """
-    items.sort(key=lambda item: item.path != SOAK)
-    for item in items:
-        group = CHART if CHART in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return CHART if file.startswith(CHART) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False  # in the order below
+    return FileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the soak, then with what else takes long, so that nobody waits for a single process in the end."""
+    items.sort(key=lambda item: (not item.nodeid.startswith(SOAK), item.get_closest_marker("slow") is None))

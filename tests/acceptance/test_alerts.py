@@ -26,6 +26,7 @@ from tests.monitoring.files import ALERTS, METRIC, panels, queried, sped_up
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.fixtures.postgres import Database
     from tests.monitoring.files import Panel
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
@@ -214,10 +215,7 @@ def test_a_held_snapshot_bloats_the_table_and_ages_the_database_until_all_is_men
 
 
 def test_a_thread_that_waits_for_ever_is_freed_by_a_restart(stand: Stand) -> None:
-    with stand.database.connect() as admin:
-        query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'outbox-relay lane-1'"
-        [(backend,)] = admin.execute(query).fetchall()
-    with stand.incident("OutboxRelayThreadStuck"), frozen(backend):
+    with stand.incident("OutboxRelayThreadStuck"), frozen(stand.database, "outbox-relay lane-1"):
         stand.write("order-1")
         alert = stand.prometheus.await_firing("OutboxRelayThreadStuck")
         assert alert["labels"]["thread"] == "lane-1"
@@ -226,13 +224,24 @@ def test_a_thread_that_waits_for_ever_is_freed_by_a_restart(stand: Stand) -> Non
 
 
 @contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    """The process *pid* neither answers nor ends in the block."""
-    os.kill(pid, signal.SIGSTOP)
+def frozen(database: Database, name: str) -> Iterator[None]:
+    """The server's process of a session neither answers nor ends in the block; it is idle, and holds no locks."""
+    query = "SELECT pid, state FROM pg_stat_activity WHERE application_name = %s"
+    with database.connect(autocommit=True) as admin:
+
+        def freeze_idle() -> int:
+            [(pid, _)] = admin.execute(query, [name]).fetchall()
+            os.kill(pid, signal.SIGSTOP)
+            if admin.execute(query, [name]).fetchall() == [(pid, "idle")]:
+                return int(pid)
+            os.kill(pid, signal.SIGCONT)
+            return 0
+
+        frozen_pid = eventually(freeze_idle)
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        os.kill(frozen_pid, signal.SIGCONT)
 
 
 def test_pruning_without_the_privilege_is_noticed_and_granted(stand: Stand) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from outbox_relay.sandbox.history import Hold
 from outbox_relay.sandbox.reading import read_ends
-from tests.faults.soak.stage import SIGN_SECONDS, DidNotFire, TryLater
+from tests.faults.soak.stage import RECOVERY_SECONDS, DidNotFire, TryLater
 from tests.fixtures.load import POISON, commit_poison, type_of
 from tests.fixtures.waiting import eventually
 
@@ -79,7 +79,7 @@ def parked(stage: Stage, *, key: str) -> Iterator[str]:
         stage.writes.append(write)
         [(id_, number)] = eventually(
             lambda: connection.execute(SELECT_PARKED, [write.message_id]).fetchall(),
-            timeout=SIGN_SECONDS,
+            timeout=RECOVERY_SECONDS,
             message="it is not parked",
         )
     begins = ends_of(stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tests.faults.soak.stage import DidNotFire
+from tests.faults.soak.stage import DidNotFire, comes_true
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +28,9 @@ def holding(stage: Stage, statement: LiteralString) -> Iterator[Connection]:
 
 @contextmanager
 def ended(database: Database, statement: LiteralString) -> Iterator[None]:
-    """End sessions by *statement*, which counts them; there have to be some."""
+    """End sessions by *statement*, which counts them, as soon as there are some."""
     with database.connect(autocommit=True) as admin:
-        [(count,)] = admin.execute(statement).fetchall()
+        has_ended = comes_true(lambda: admin.execute(statement).fetchall() != [(0,)])
     yield
-    if not count:
+    if not has_ended:
         raise DidNotFire

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, takewhile
 from random import Random
 from threading import Event
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from outbox_relay.sandbox.reading import count_partitions, read_rows, read_topic
 from tests.faults.nemesis import FAULTS, PAIRABLE
 from tests.faults.soak.relay import BATCH_SIZE, LANES
 from tests.faults.soak.schedule import schedule
-from tests.faults.soak.stage import DidNotFire, comes_true, pause
+from tests.faults.soak.stage import RECOVERY_SECONDS, DidNotFire, comes_true, pause
 from tests.fixtures.journal import read_effects
 from tests.fixtures.waiting import eventually
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from tests.faults.soak.stage import Stage
 
 WARM_UP_SECONDS = 5.0
-RECOVERY_SECONDS = 60.0
 LAST_SECONDS = 120.0
+CHANCES = 5
 WATCH_SECONDS = 0.2
 
 SELECT_WAITING = """
@@ -93,6 +94,11 @@ def soak(
                 relay.await_start()
             with stage.load:
                 pause(WARM_UP_SECONDS)
+                eventually(
+                    partial(_is_settled, stage, stage.pipeline.last_number()),
+                    timeout=LAST_SECONDS,
+                    message="nothing flows",
+                )
                 steps = schedule(seed, faults=faults, pairable=PAIRABLE)
                 _strike_for(seconds, stage, result, steps=steps, tell=tell)
             stage.pipeline.await_settled(timeout=LAST_SECONDS)
@@ -106,15 +112,24 @@ def soak(
 def _strike_for(
     seconds: float, stage: Stage, result: Soak, *, steps: Iterator[Step], tell: Callable[[str], None]
 ) -> None:
+    """Strike by *steps* for so long, and then give those a second chance that never fired."""
     end = time.monotonic() + seconds
-    for step in steps:
-        if time.monotonic() > end:
-            return
+    in_time = takewhile(lambda _step: time.monotonic() < end, steps)
+    for step in chain(in_time, _second_chances(result)):
         incident = _strike(stage, step)
         result.incidents.append(incident)
         tell(_line(incident))
         stage.fail_if_one_ended()
         pause(step.pause_seconds)
+
+
+def _second_chances(result: Soak) -> Iterator[Step]:
+    """Repeat the steps of faults that have left no sign yet, some times: a single strike may have met nobody."""
+    for _ in range(CHANCES):
+        for step in [incident.step for incident in result.incidents]:
+            fired = {name for incident in result.incidents for name in incident.fired}
+            if not fired.issuperset(step.faults):
+                yield step
 
 
 def _strike(stage: Stage, step: Step) -> Incident:

@@ -46,6 +46,7 @@ SESSION_TIMEOUT_MS = 6000
 PLAN = Plan(writers=4, longest_pause=0.1)
 COMMAND_SECONDS = 60.0
 SIGN_SECONDS = 15.0
+RECOVERY_SECONDS = 60.0
 
 
 class DidNotFire(Exception):
