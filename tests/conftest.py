@@ -42,5 +42,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the soak, then with what else takes long, so that nobody waits for a single process in the end."""
-    items.sort(key=lambda item: (not item.nodeid.startswith(SOAK), item.get_closest_marker("slow") is None))
+    """Begin with the soak, which takes minutes and little of the machine, so that nobody waits for it in the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SOAK))
