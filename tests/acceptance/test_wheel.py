@@ -23,8 +23,6 @@ from tests.fixtures.wheels import CHECKOUT, Environment, build, install, lend_de
 if TYPE_CHECKING:
     from tests.fixtures.postgres import Database
 
-UV = [sys.executable, "-m", "uv"]
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,6 +40,14 @@ def unpacked_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with tarfile.open(sdist) as archive:
         archive.extractall(directory, filter="data")
     return directory / sdist.name.removesuffix(".tar.gz")
+
+
+def run_uv(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "uv", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if "error sending request" in finished.stderr:
+        missing_part(f"the package index cannot be reached: {finished.stderr.strip()[-200:]}")
+    return finished
 
 
 def digest(file: Path) -> str:
@@ -157,16 +163,8 @@ def lowest_install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Env
     environment = install(wheel, tmp_path_factory.mktemp("lowest"))
     python = str(environment.directory / "bin" / "python")
     extras = [f"--extra={name}" for name in ("demo", "django", "kafka", "metrics", "otel", "sqlalchemy")]
-    command = [*UV, "pip", "install", "--quiet", "--python", python, "--resolution=lowest-direct", *extras]
-    installed = subprocess.run(
-        [*command, "--requirement", str(CHECKOUT / "pyproject.toml")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if "error sending request" in installed.stderr:
-        missing_part(f"the package index cannot be reached: {installed.stderr.strip()[-200:]}")
+    project = ("--requirement", str(CHECKOUT / "pyproject.toml"), *extras)
+    installed = run_uv("pip", "install", "--quiet", "--python", python, "--resolution=lowest-direct", *project)
     assert installed.returncode == 0, installed.stderr
     return environment
 
@@ -202,8 +200,5 @@ def test_without_the_extra_the_command_says_what_to_install(wheel: Path, tmp_pat
 
 def test_the_command_runs_without_being_installed(wheel: Path) -> None:
     requirement = f"outbox-relay[daemon] @ {wheel.as_uri()}"
-    command = [*UV, "tool", "run", "--isolated", "--from", requirement, "outbox-relay", "--version"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if "error sending request" in finished.stderr:
-        missing_part(f"the package index cannot be reached: {finished.stderr.strip()[-200:]}")
+    finished = run_uv("tool", "run", "--isolated", "--from", requirement, "outbox-relay", "--version")
     assert (finished.returncode, finished.stdout) == (0, f"outbox-relay, version {__version__}\n"), finished.stderr

@@ -43,9 +43,13 @@ def kafka() -> Iterator[KafkaCluster]:
         yield cluster
 
 
+def admin_of(pipeline: Pipeline) -> AdminClient:
+    return AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+
+
 def leaders(pipeline: Pipeline) -> list[int]:
     """Who leads each partition of all topics."""
-    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    admin = admin_of(pipeline)
     topics = admin.list_topics(timeout=REQUEST_SECONDS).topics
     return [partition.leader for topic in pipeline.topics for _, partition in sorted(topics[topic].partitions.items())]
 
@@ -70,7 +74,7 @@ def test_brokers_killed_one_after_the_other_under_load_repeat_nothing(pipeline: 
 
 def prefer_first_replicas(pipeline: Pipeline) -> None:
     """Have each partition led by the first of its brokers, as an operator does after a restart."""
-    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    admin = admin_of(pipeline)
     partitions = [TopicPartition(topic, number) for topic in pipeline.topics for number in range(3)]
     admin.elect_leaders(ElectionType.PREFERRED, partitions).result(REQUEST_SECONDS)
 
@@ -128,12 +132,12 @@ def test_what_an_unclean_election_throws_away_is_still_in_the_table_and_can_be_r
         writes = commit_messages(writer, "order-1")
         pipeline.await_settled()
         kafka.kill(2)
-        eventually(lambda: order_partition(pipeline).isrs == [1])
+        eventually(lambda: partition_of(pipeline, "order").isrs == [1])
         lost = commit_messages(writer, "order-1", "order-2")
         pipeline.await_settled()
         kafka.kill(1)
         kafka.restart(2)
-        eventually(lambda: order_partition(pipeline).leader == 2, timeout=60)
+        eventually(lambda: partition_of(pipeline, "order").leader == 2, timeout=60)
         kafka.restart(1)
         last = commit_messages(writer, "order-2")
         pipeline.await_settled()
@@ -149,15 +153,14 @@ def create_fragile_topic(pipeline: Pipeline, name: str, *, leader: int, follower
     """Of one partition with two copies, of which the leader alone is enough, and a stale one may lead."""
     config = {"min.insync.replicas": "1", "unclean.leader.election.enable": "true"}
     topic = NewTopic(pipeline.topic(name), 1, replica_assignment=[[leader, follower]], config=config)
-    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
+    admin = admin_of(pipeline)
     admin.create_topics([topic])[topic.topic].result(REQUEST_SECONDS)
-    eventually(lambda: order_partition(pipeline).isrs == [leader, follower])
+    eventually(lambda: partition_of(pipeline, name).isrs == [leader, follower])
 
 
-def order_partition(pipeline: Pipeline) -> PartitionMetadata:
-    admin = AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
-    topic = pipeline.topic("order")
-    return admin.list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions[0]
+def partition_of(pipeline: Pipeline, name: str) -> PartitionMetadata:
+    topic = pipeline.topic(name)
+    return admin_of(pipeline).list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions[0]
 
 
 def replay(pipeline: Pipeline, *, numbers: range) -> None:

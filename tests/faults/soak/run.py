@@ -124,11 +124,11 @@ def _strike_for(
 
 
 def _second_chances(result: Soak) -> Iterator[Step]:
-    """Repeat the steps of faults that have left no sign yet, some times: a single strike may have met nobody."""
+    """Repeat a step of each fault that has left no sign yet, some times: a single strike may have met nobody."""
+    last_steps = {name: incident.step for incident in result.incidents for name in incident.step.faults}
     for _ in range(CHANCES):
-        for step in [incident.step for incident in result.incidents]:
-            fired = {name for incident in result.incidents for name in incident.fired}
-            if not fired.issuperset(step.faults):
+        for name, step in last_steps.items():
+            if not any(name in incident.fired for incident in result.incidents):
                 yield step
 
 
