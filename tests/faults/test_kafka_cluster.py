@@ -47,11 +47,20 @@ def admin_of(pipeline: Pipeline) -> AdminClient:
     return AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
 
 
-def leaders(pipeline: Pipeline) -> list[int]:
-    """Who leads each partition of all topics."""
-    admin = admin_of(pipeline)
-    topics = admin.list_topics(timeout=REQUEST_SECONDS).topics
-    return [partition.leader for topic in pipeline.topics for _, partition in sorted(topics[topic].partitions.items())]
+def leaders(pipeline: Pipeline, *topics: str) -> list[int]:
+    """Who leads each partition of the topics, which are all of them unless named."""
+    return [partition.leader for topic in topics or pipeline.topics for partition in partitions_of(pipeline, topic)]
+
+
+def in_sync(pipeline: Pipeline, topic: str) -> list[list[int]]:
+    """Who has all of each partition."""
+    return [partition.isrs for partition in partitions_of(pipeline, topic)]
+
+
+def partitions_of(pipeline: Pipeline, topic: str) -> list[PartitionMetadata]:
+    """As the broker that is asked knows them: none, until it has heard of a new topic."""
+    found = admin_of(pipeline).list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions
+    return [partition for _, partition in sorted(found.items())]
 
 
 def test_brokers_killed_one_after_the_other_under_load_repeat_nothing(pipeline: Pipeline, kafka: KafkaCluster) -> None:
@@ -127,17 +136,18 @@ def test_what_an_unclean_election_throws_away_is_still_in_the_table_and_can_be_r
     pipeline = Pipeline(database, kafka, prefix=topic_prefix, seed=seed)
     for name in ("payment", "parcel"):
         kafka.create_topic(pipeline.topic(name))
-    create_fragile_topic(pipeline, "order", leader=1, follower=2)
+    topic = pipeline.topic("order")
+    create_fragile_topic(pipeline, topic, leader=1, follower=2)
     with pipeline.relays(1, **SHORT_TIMES), database.connect() as writer:
         writes = commit_messages(writer, "order-1")
         pipeline.await_settled()
         kafka.kill(2)
-        eventually(lambda: partition_of(pipeline, "order").isrs == [1])
+        eventually(lambda: in_sync(pipeline, topic) == [[1]])
         lost = commit_messages(writer, "order-1", "order-2")
         pipeline.await_settled()
         kafka.kill(1)
         kafka.restart(2)
-        eventually(lambda: partition_of(pipeline, "order").leader == 2, timeout=60)
+        eventually(lambda: leaders(pipeline, topic) == [2], timeout=60)
         kafka.restart(1)
         last = commit_messages(writer, "order-2")
         pipeline.await_settled()
@@ -149,18 +159,13 @@ def test_what_an_unclean_election_throws_away_is_still_in_the_table_and_can_be_r
     assert sorted(pipeline.judge(writes).replayed) == ids
 
 
-def create_fragile_topic(pipeline: Pipeline, name: str, *, leader: int, follower: int) -> None:
+def create_fragile_topic(pipeline: Pipeline, topic: str, *, leader: int, follower: int) -> None:
     """Of one partition with two copies, of which the leader alone is enough, and a stale one may lead."""
     config = {"min.insync.replicas": "1", "unclean.leader.election.enable": "true"}
-    topic = NewTopic(pipeline.topic(name), 1, replica_assignment=[[leader, follower]], config=config)
     admin = admin_of(pipeline)
-    admin.create_topics([topic])[topic.topic].result(REQUEST_SECONDS)
-    eventually(lambda: partition_of(pipeline, name).isrs == [leader, follower])
-
-
-def partition_of(pipeline: Pipeline, name: str) -> PartitionMetadata:
-    topic = pipeline.topic(name)
-    return admin_of(pipeline).list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions[0]
+    wanted = NewTopic(topic, 1, replica_assignment=[[leader, follower]], config=config)
+    admin.create_topics([wanted])[topic].result(REQUEST_SECONDS)
+    eventually(lambda: in_sync(pipeline, topic) == [[leader, follower]])
 
 
 def replay(pipeline: Pipeline, *, numbers: range) -> None:
