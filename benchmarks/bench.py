@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AGGREGATE_TYPE = "order"
 KEYS = 10_000
 SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "4GB", "max_connections": "400"}
+AS_IN_PRODUCTION = ("-XX:TieredStopAtLevel=4",)  # the broker's virtual machine compiles for a long life
 
 # The payload is 200 bytes as JSON; hexadecimal digits compress about as well as what people send.
 INSERT_MESSAGES = """
@@ -100,6 +101,6 @@ def running_bench(plan: Plan) -> Iterator[Bench]:
         directory.chmod(0o755)  # PostgreSQL may have to run as another user
         with (
             PostgresServer.create(servers[max(servers)], directory / "postgres", settings=SETTINGS) as server,
-            KafkaCluster(directory / "kafka") as kafka,
+            KafkaCluster(directory / "kafka", jvm_options=AS_IN_PRODUCTION) as kafka,
         ):
             yield Bench(server, kafka, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
@@ -21,6 +22,12 @@ pytest_plugins = [
 ]
 
 CHART, SOAK = "tests/chart", "tests/faults/test_soak.py"
+
+
+def pytest_configure() -> None:
+    """Let the programs that tests start end on Ctrl-C, even if this run was started in the background of a script."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -29,7 +29,11 @@ STOP_TIMEOUT_SECONDS = 30.0
 REQUEST_TIMEOUT_SECONDS = 10.0
 LOG_TAIL_CHARACTERS = 2000
 
-_JVM_OPTIONS = ("-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
+_JVM_OPTIONS = (
+    "-Xmx512m",
+    "-XX:TieredStopAtLevel=1",  # one that lives for a minute spends half of its time on compiling otherwise
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+)
 
 
 class Kafka:
@@ -189,8 +193,7 @@ class KafkaCluster(Kafka):
                 "transaction.state.log.num.partitions": "4",
                 **self._settings,
             },
-            # Three virtual machines at once spend their start-up compiling; the quick compiler halves it.
-            jvm_options=(*self._jvm_options, *(("-XX:TieredStopAtLevel=1",) if copies > 1 else ())),
+            jvm_options=self._jvm_options,
         )
 
 
@@ -218,7 +221,7 @@ class _Node:
     def port_of(self, listener: str) -> int:
         return self._ports[listener].number
 
-    def start(self, *, cluster_id: str, settings: Mapping[str, str], jvm_options: tuple[str, ...]) -> None:
+    def start(self, *, cluster_id: str, settings: Mapping[str, str], jvm_options: Sequence[str]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         further = "".join(f",{listener}://127.0.0.1:{port.number}" for listener, port in self._ports.items())
         advertised = "".join(f",{listener}://127.0.0.1:{port}" for listener, port in self.advertised_ports.items())

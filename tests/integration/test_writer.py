@@ -293,7 +293,7 @@ def test_deferred_messages_of_a_key_are_in_the_order_in_which_its_row_was_locked
             task = asyncio.create_task(second(started))
             await started.wait()
             pending.write(placed(payload="first"))
-            await asyncio.to_thread(eventually, lambda: waits_for_a_lock(shop), timeout=10)
+            await asyncio.to_thread(eventually, lambda: waits_for_a_lock(shop))
         await task
 
     asyncio.run(both())
