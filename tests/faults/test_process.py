@@ -88,6 +88,7 @@ def wall_clock(tmp_path: Path) -> WallClock:
 
 
 @pytest.mark.kafka
+@pytest.mark.outside("it reads files of the test")
 def test_a_wall_clock_that_jumps_by_hours_changes_nothing(pipeline: Pipeline, wall_clock: WallClock) -> None:
     with Daemon(pipeline.environment(retention="1h") | wall_clock.environment) as relay:
         relay.wait_for_event("relay_started")
