@@ -31,8 +31,8 @@ def pytest_configure() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """How many processes `-n auto` means: two more than cores, since tests wait for their servers half of the time."""
-    return (os.cpu_count() or 1) + 2
+    """How many processes `-n auto` means: one more than cores, since tests wait for their servers half of the time."""
+    return (os.cpu_count() or 1) + 1
 
 
 class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]  # untyped
