@@ -89,7 +89,9 @@ def test_every_scenario_reports_each_of_its_cases_with_positive_figures(
         "What an inbox keeps": ["`Inbox`", "`SequenceInbox`"],
     }
     for title in ("An hour with retention", "The same hour beside an old snapshot"):
-        tables[title] = [row[:-3] for row in tables[title]]  # what is dead or old may be nothing
+        # In half a second nothing may happen, an index may round to nothing, and nothing may be dead or old.
+        _, published, claim, table, *_ = zip(*tables.pop(title), strict=True)
+        assert all(any(map(is_positive, column)) for column in (published, claim, table))
     tables["Idle"] = [[name, memory] for name, _, memory in tables["Idle"]]  # a second at rest may be no tick
     rows = [(title, row) for title, found in tables.items() for row in found if row[:2] != ["0", "0"]]
     assert [(title, row) for title, row in rows if not all(map(is_positive, row[1:]))] == []
