@@ -51,22 +51,23 @@ class Kafka:
         """
         replicas = min(3, self.brokers_seen())
         topic = NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=dict(config or {}))
-        admin = self._admin()  # a name for it, since dropping the client would cancel its request
+        admin = self.admin()  # a name for it, since dropping the client would cancel its request
         admin.create_topics([topic])[name].result(REQUEST_TIMEOUT_SECONDS)
         eventually(partial(self._is_led, name, partitions=partitions), message=f"topic {name} got no leaders")
 
     def brokers_seen(self) -> int:
         """How many brokers are in service, 0 when nobody answers."""
         try:
-            return len(self._admin().list_topics(timeout=1).brokers)
+            return len(self.admin().list_topics(timeout=1).brokers)
         except KafkaException:
             return 0
 
-    def _admin(self) -> AdminClient:
+    def admin(self) -> AdminClient:
+        """Give a client for what is not offered here; keep it until its requests are answered."""
         return AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
 
     def _is_led(self, topic: str, *, partitions: int) -> bool:
-        found = self._admin().list_topics(topic, timeout=REQUEST_TIMEOUT_SECONDS).topics[topic].partitions
+        found = self.admin().list_topics(topic, timeout=REQUEST_TIMEOUT_SECONDS).topics[topic].partitions
         return len(found) == partitions and all(partition.leader >= 0 for partition in found.values())
 
 

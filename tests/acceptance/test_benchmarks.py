@@ -89,9 +89,9 @@ def test_every_scenario_reports_each_of_its_cases_with_positive_figures(
         "What an inbox keeps": ["`Inbox`", "`SequenceInbox`"],
     }
     for title in ("An hour with retention", "The same hour beside an old snapshot"):
-        # In half a second nothing may happen, an index may round to nothing, and nothing may be dead or old.
-        _, published, claim, table, *_ = zip(*tables.pop(title), strict=True)
-        assert all(any(map(is_positive, column)) for column in (published, claim, table))
+        # In one half second an index may round to nothing; in all of them nothing may be dead or old.
+        columns = list(zip(*tables.pop(title), strict=True))[1:-3]
+        assert all(any(map(is_positive, column)) for column in columns)
     tables["Idle"] = [[name, memory] for name, _, memory in tables["Idle"]]  # a second at rest may be no tick
     rows = [(title, row) for title, found in tables.items() for row in found if row[:2] != ["0", "0"]]
     assert [(title, row) for title, row in rows if not all(map(is_positive, row[1:]))] == []

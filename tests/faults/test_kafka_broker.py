@@ -73,7 +73,7 @@ def proxy(broker: tuple[KafkaCluster, TcpProxy]) -> Iterator[TcpProxy]:
 
 @pytest.fixture
 def admin(kafka: KafkaCluster) -> AdminClient:
-    return AdminClient({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0})
+    return kafka.admin()
 
 
 def behind(proxy: TcpProxy) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from confluent_kafka import ElectionType, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import NewTopic
 
 from outbox_relay.sandbox.history import State
 from tests.fixtures.daemon import outbox_relay
@@ -43,10 +43,6 @@ def kafka() -> Iterator[KafkaCluster]:
         yield cluster
 
 
-def admin_of(pipeline: Pipeline) -> AdminClient:
-    return AdminClient({"bootstrap.servers": pipeline.kafka.bootstrap_servers, "log_level": 0})
-
-
 def leaders(pipeline: Pipeline, *topics: str) -> list[int]:
     """Who leads each partition of the topics, which are all of them unless named."""
     return [partition.leader for topic in topics or pipeline.topics for partition in partitions_of(pipeline, topic)]
@@ -59,7 +55,7 @@ def in_sync(pipeline: Pipeline, topic: str) -> list[list[int]]:
 
 def partitions_of(pipeline: Pipeline, topic: str) -> list[PartitionMetadata]:
     """As the broker that is asked knows them: none, until it has heard of a new topic."""
-    found = admin_of(pipeline).list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions
+    found = pipeline.kafka.admin().list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].partitions
     return [partition for _, partition in sorted(found.items())]
 
 
@@ -83,7 +79,7 @@ def test_brokers_killed_one_after_the_other_under_load_repeat_nothing(pipeline: 
 
 def prefer_first_replicas(pipeline: Pipeline) -> None:
     """Have each partition led by the first of its brokers, as an operator does after a restart."""
-    admin = admin_of(pipeline)
+    admin = pipeline.kafka.admin()
     partitions = [TopicPartition(topic, number) for topic in pipeline.topics for number in range(3)]
     admin.elect_leaders(ElectionType.PREFERRED, partitions).result(REQUEST_SECONDS)
 
@@ -162,7 +158,7 @@ def test_what_an_unclean_election_throws_away_is_still_in_the_table_and_can_be_r
 def create_fragile_topic(pipeline: Pipeline, topic: str, *, leader: int, follower: int) -> None:
     """Of one partition with two copies, of which the leader alone is enough, and a stale one may lead."""
     config = {"min.insync.replicas": "1", "unclean.leader.election.enable": "true"}
-    admin = admin_of(pipeline)
+    admin = pipeline.kafka.admin()
     wanted = NewTopic(topic, 1, replica_assignment=[[leader, follower]], config=config)
     admin.create_topics([wanted])[topic].result(REQUEST_SECONDS)
     eventually(lambda: in_sync(pipeline, topic) == [[leader, follower]])

@@ -201,7 +201,7 @@ def test_other_partitions_flow_while_a_failed_message_waits(wide_desk: Desk) -> 
         publish(wide_desk.kafka, wide_desk.topic, more)
         eventually(lambda: wide_desk.reports.total["processed"] > 250)
         stop.set()
-        run.result()
+        run.result(timeout=30)  # the pause would be an hour
 
 
 def test_missing_tables_end_the_loop(desk: Desk) -> None:
@@ -252,9 +252,9 @@ def test_the_loop_stops_while_the_database_is_away(desk: Desk) -> None:
     stop = threading.Event()
     with ThreadPoolExecutor(1) as thread:
         run = thread.submit(desk.consumer(connect=connect, retry=retry).run, stop)
-        has_tried.wait()
+        assert has_tried.wait(30)
         stop.set()
-        run.result()
+        run.result(timeout=30)  # the pause would be an hour
 
 
 @pytest.mark.parametrize(
