@@ -1,5 +1,18 @@
 CREATE SCHEMA app;
 
+CREATE FUNCTION app.outbox_forget() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'app', 'pg_temp'
+    AS $$
+BEGIN
+    DELETE FROM outbox_published;
+    DELETE FROM outbox_pending;
+    DELETE FROM outbox_unordered;
+    DELETE FROM outbox_reconciled;
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb DEFAULT NULL::jsonb, payload_bytes bytea DEFAULT NULL::bytea, headers jsonb DEFAULT '{}'::jsonb, message_id uuid DEFAULT gen_random_uuid()) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path TO 'app', 'pg_temp'
@@ -43,7 +56,6 @@ END
 $_$;
 
 CREATE TABLE app.outbox (
-    id bigint NOT NULL,
     message_id uuid DEFAULT gen_random_uuid() NOT NULL,
     aggregate_type text NOT NULL,
     aggregate_id text NOT NULL,
@@ -52,12 +64,9 @@ CREATE TABLE app.outbox (
     payload_bytes bytea,
     headers jsonb DEFAULT '{}'::jsonb NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
-    published_at timestamp with time zone,
-    parked_at timestamp with time zone,
-    parked_reason text,
     transaction_id xid8 DEFAULT pg_current_xact_id() NOT NULL,
     sequence_no bigint NOT NULL,
-    shard smallint GENERATED ALWAYS AS ((hashtextextended(((aggregate_type || ':'::text) || aggregate_id), (0)::bigint) & (15)::bigint)) STORED,
+    shard smallint GENERATED ALWAYS AS ((hashtextextended(((aggregate_type || ':'::text) || aggregate_id), (0)::bigint) & (15)::bigint)) STORED NOT NULL,
     CONSTRAINT outbox_created_at_check CHECK (isfinite(created_at)),
     CONSTRAINT outbox_headers_object_check CHECK ((jsonb_typeof(headers) = 'object'::text)),
     CONSTRAINT outbox_one_payload_check CHECK ((num_nonnulls(payload, payload_bytes) <= 1))
@@ -73,20 +82,27 @@ CREATE TABLE app.outbox_audit (
     session_role text DEFAULT SESSION_USER NOT NULL,
     operator text,
     why text,
-    outbox_id bigint NOT NULL,
-    message_id uuid NOT NULL,
-    aggregate_type text NOT NULL,
-    aggregate_id text NOT NULL,
     sequence_no bigint NOT NULL,
-    parked_reason text,
-    content jsonb,
+    message_id uuid,
+    aggregate_type text NOT NULL,
+    aggregate_id text,
+    event_type text,
+    payload jsonb,
+    payload_bytes bytea,
+    headers jsonb,
+    created_at timestamp with time zone,
+    parked_reason text NOT NULL,
     CONSTRAINT outbox_audit_action_check CHECK ((action = ANY (ARRAY['edit'::text, 'release'::text, 'skip'::text]))),
-    CONSTRAINT outbox_audit_content_check CHECK (((action = 'release'::text) OR (content IS NOT NULL)))
+    CONSTRAINT outbox_audit_content_check CHECK (((action = 'release'::text) OR (message_id IS NULL) OR (headers IS NOT NULL)))
 );
 
 COMMENT ON COLUMN app.outbox_audit.operator IS 'The person, as given; session_role is what PostgreSQL knows';
 
-COMMENT ON COLUMN app.outbox_audit.content IS 'The whole row before an edit or a skip; payload_bytes in hex, as bytea reads it';
+COMMENT ON COLUMN app.outbox_audit.message_id IS 'Null: somebody had deleted the message from the outbox before';
+
+COMMENT ON COLUMN app.outbox_audit.headers IS 'With payload and payload_bytes: as they were before an edit or a skip';
+
+COMMENT ON COLUMN app.outbox_audit.created_at IS 'Of the message';
 
 ALTER TABLE app.outbox_audit ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME app.outbox_audit_id_seq
@@ -97,14 +113,113 @@ ALTER TABLE app.outbox_audit ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     CACHE 1
 );
 
-ALTER TABLE app.outbox ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
-    SEQUENCE NAME app.outbox_id_seq
-    START WITH 1
-    INCREMENT BY 1
-    NO MINVALUE
-    NO MAXVALUE
-    CACHE 1
+CREATE TABLE app.outbox_pending (
+    shard smallint NOT NULL,
+    sequence_no bigint NOT NULL,
+    key_hash bigint NOT NULL,
+    aggregate_type text NOT NULL,
+    state text NOT NULL,
+    reason_code text NOT NULL,
+    reason text NOT NULL,
+    is_unordered boolean DEFAULT false NOT NULL,
+    since timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT outbox_pending_state_check CHECK ((state = ANY (ARRAY['waiting'::text, 'parked'::text])))
+)
+WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_cost_delay='1');
+
+COMMENT ON COLUMN app.outbox_pending.key_hash IS 'hashtextextended(aggregate_type || '':'' || aggregate_id, 0)';
+
+COMMENT ON COLUMN app.outbox_pending.state IS 'waiting: the relay sends it; parked: an operator decides';
+
+COMMENT ON COLUMN app.outbox_pending.is_unordered IS 'Later messages of its key may have been published before it';
+
+CREATE TABLE app.outbox_published (
+    shard smallint NOT NULL,
+    through bigint NOT NULL,
+    published_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    messages bigint NOT NULL,
+    checksum bigint NOT NULL,
+    before_xid xid8 DEFAULT pg_snapshot_xmax(pg_current_snapshot()) NOT NULL
+)
+WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='1000', autovacuum_analyze_scale_factor='0.05', autovacuum_analyze_threshold='1000', autovacuum_vacuum_cost_delay='1');
+
+COMMENT ON COLUMN app.outbox_published.messages IS 'Rows of the shard that this mark passed, above the mark before it';
+
+COMMENT ON COLUMN app.outbox_published.checksum IS 'bit_xor of their numbers';
+
+COMMENT ON COLUMN app.outbox_published.before_xid IS 'No transaction from this id on had ended when the mark was written';
+
+CREATE TABLE app.outbox_unordered (
+    transaction_id xid8 NOT NULL,
+    from_no bigint NOT NULL,
+    to_no bigint,
+    recorded_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    collected_through bigint,
+    collected_at timestamp with time zone
 );
+
+COMMENT ON COLUMN app.outbox_unordered.from_no IS 'Its messages have higher numbers than this';
+
+COMMENT ON COLUMN app.outbox_unordered.to_no IS 'And none higher than this; null until its end was seen';
+
+COMMENT ON COLUMN app.outbox_unordered.collected_through IS 'Those up to this number have been collected';
+
+COMMENT ON COLUMN app.outbox_unordered.collected_at IS 'Null until all of them are collected';
+
+CREATE VIEW app.outbox_message AS
+ SELECT outbox.sequence_no,
+    outbox.message_id,
+    outbox.aggregate_type,
+    outbox.aggregate_id,
+    outbox.event_type,
+    outbox.payload,
+    outbox.payload_bytes,
+    outbox.headers,
+    outbox.created_at,
+    status.state,
+        CASE
+            WHEN (status.state = 'published'::text) THEN ( SELECT mark.published_at
+               FROM app.outbox_published mark
+              WHERE ((mark.shard = outbox.shard) AND (mark.through >= outbox.sequence_no))
+              ORDER BY mark.through
+             LIMIT 1)
+            ELSE NULL::timestamp with time zone
+        END AS published_at,
+    COALESCE(pending.since, late.recorded_at) AS since,
+    COALESCE(pending.reason_code,
+        CASE
+            WHEN (late.transaction_id IS NOT NULL) THEN 'late'::text
+            ELSE NULL::text
+        END) AS reason_code,
+    pending.reason,
+    outbox.transaction_id,
+    outbox.shard
+   FROM ((((app.outbox
+     LEFT JOIN LATERAL ( SELECT mark.through
+           FROM app.outbox_published mark
+          WHERE (mark.shard = outbox.shard)
+          ORDER BY mark.through DESC
+         LIMIT 1) newest ON (true))
+     LEFT JOIN app.outbox_pending pending ON (((pending.key_hash = hashtextextended(((outbox.aggregate_type || ':'::text) || outbox.aggregate_id), (0)::bigint)) AND (pending.shard = outbox.shard) AND (pending.sequence_no = outbox.sequence_no))))
+     LEFT JOIN app.outbox_unordered late ON (((late.transaction_id = outbox.transaction_id) AND (late.collected_at IS NULL) AND (outbox.sequence_no > COALESCE(late.collected_through, late.from_no)))))
+     CROSS JOIN LATERAL ( SELECT
+                CASE
+                    WHEN (pending.state IS NOT NULL) THEN pending.state
+                    WHEN (late.transaction_id IS NOT NULL) THEN 'waiting'::text
+                    WHEN (outbox.sequence_no <= newest.through) THEN 'published'::text
+                    ELSE 'unpublished'::text
+                END AS state) status);
+
+COMMENT ON COLUMN app.outbox_message.state IS 'unpublished, published, waiting or parked';
+
+COMMENT ON COLUMN app.outbox_message.published_at IS 'When the first mark at or above the number was written';
+
+CREATE TABLE app.outbox_reconciled (
+    shard smallint NOT NULL,
+    checked_through bigint DEFAULT 0 NOT NULL,
+    thinned_through bigint DEFAULT 0 NOT NULL
+)
+WITH (fillfactor='50');
 
 CREATE TABLE app.outbox_relay_migration (
     line text NOT NULL,
@@ -120,7 +235,7 @@ CREATE TABLE app.outbox_replay (
     operator text,
     why text NOT NULL,
     selection jsonb NOT NULL,
-    published_before timestamp with time zone NOT NULL,
+    published_through bigint[] NOT NULL,
     messages bigint DEFAULT 0 NOT NULL,
     reached_no bigint DEFAULT 0 NOT NULL,
     finished_at timestamp with time zone,
@@ -129,6 +244,8 @@ CREATE TABLE app.outbox_replay (
 WITH (fillfactor='50');
 
 COMMENT ON COLUMN app.outbox_replay.operator IS 'The person, as given; session_role is what PostgreSQL knows';
+
+COMMENT ON COLUMN app.outbox_replay.published_through IS 'The newest mark of each shard, from 0 up, when it began; what was published later is no part of it';
 
 ALTER TABLE app.outbox ALTER COLUMN sequence_no ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME app.outbox_sequence_no_seq
@@ -140,20 +257,23 @@ ALTER TABLE app.outbox ALTER COLUMN sequence_no ADD GENERATED ALWAYS AS IDENTITY
 );
 
 CREATE TABLE app.outbox_shard (
-    shard smallint NOT NULL,
-    generation bigint DEFAULT 0 NOT NULL
-);
-
-CREATE TABLE app.outbox_unordered (
-    transaction_id xid8 NOT NULL,
-    recorded_at timestamp with time zone DEFAULT now() NOT NULL
+    shard smallint NOT NULL
 );
 
 ALTER TABLE ONLY app.outbox_audit
     ADD CONSTRAINT outbox_audit_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY app.outbox_pending
+    ADD CONSTRAINT outbox_pending_pkey PRIMARY KEY (shard, sequence_no);
+
 ALTER TABLE ONLY app.outbox
-    ADD CONSTRAINT outbox_pkey PRIMARY KEY (id);
+    ADD CONSTRAINT outbox_pkey PRIMARY KEY (shard, sequence_no);
+
+ALTER TABLE ONLY app.outbox_published
+    ADD CONSTRAINT outbox_published_pkey PRIMARY KEY (shard, through);
+
+ALTER TABLE ONLY app.outbox_reconciled
+    ADD CONSTRAINT outbox_reconciled_pkey PRIMARY KEY (shard);
 
 ALTER TABLE ONLY app.outbox_relay_migration
     ADD CONSTRAINT outbox_relay_migration_pkey PRIMARY KEY (line, version);
@@ -167,19 +287,23 @@ ALTER TABLE ONLY app.outbox_shard
 ALTER TABLE ONLY app.outbox_unordered
     ADD CONSTRAINT outbox_unordered_pkey PRIMARY KEY (transaction_id);
 
-CREATE INDEX outbox_parked_idx ON app.outbox USING btree (shard, aggregate_type, aggregate_id, sequence_no) WHERE (parked_at IS NOT NULL);
+CREATE INDEX outbox_pending_key_idx ON app.outbox_pending USING btree (key_hash, is_unordered, state, sequence_no);
 
-CREATE INDEX outbox_unpublished_idx ON app.outbox USING btree (shard, sequence_no) WHERE ((published_at IS NULL) AND (parked_at IS NULL));
+CREATE INDEX outbox_pending_waiting_idx ON app.outbox_pending USING btree (shard, hashtextextended(aggregate_type, (0)::bigint), sequence_no) WHERE (state = 'waiting'::text);
+
+CREATE TRIGGER outbox_forget_trigger AFTER TRUNCATE ON app.outbox FOR EACH STATEMENT EXECUTE FUNCTION app.outbox_forget();
 
 GRANT USAGE ON SCHEMA app TO outbox_writer;
 GRANT USAGE ON SCHEMA app TO outbox_relay;
 GRANT USAGE ON SCHEMA app TO outbox_pruner;
 GRANT USAGE ON SCHEMA app TO outbox_operator;
 
+REVOKE ALL ON FUNCTION app.outbox_forget() FROM PUBLIC;
+
 REVOKE ALL ON FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb, payload_bytes bytea, headers jsonb, message_id uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION app.outbox_write(aggregate_type text, aggregate_id text, event_type text, payload jsonb, payload_bytes bytea, headers jsonb, message_id uuid) TO outbox_writer;
 
-GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_relay;
+GRANT SELECT ON TABLE app.outbox TO outbox_relay;
 GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_pruner;
 GRANT SELECT,DELETE ON TABLE app.outbox TO outbox_operator;
 
@@ -202,14 +326,6 @@ GRANT UPDATE(headers) ON TABLE app.outbox TO outbox_operator;
 
 GRANT INSERT(created_at) ON TABLE app.outbox TO outbox_writer;
 
-GRANT UPDATE(published_at) ON TABLE app.outbox TO outbox_relay;
-
-GRANT UPDATE(parked_at) ON TABLE app.outbox TO outbox_relay;
-GRANT UPDATE(parked_at) ON TABLE app.outbox TO outbox_operator;
-
-GRANT UPDATE(parked_reason) ON TABLE app.outbox TO outbox_relay;
-GRANT UPDATE(parked_reason) ON TABLE app.outbox TO outbox_operator;
-
 GRANT SELECT ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT INSERT(action) ON TABLE app.outbox_audit TO outbox_operator;
@@ -218,7 +334,7 @@ GRANT INSERT(operator) ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT INSERT(why) ON TABLE app.outbox_audit TO outbox_operator;
 
-GRANT INSERT(outbox_id) ON TABLE app.outbox_audit TO outbox_operator;
+GRANT INSERT(sequence_no) ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT INSERT(message_id) ON TABLE app.outbox_audit TO outbox_operator;
 
@@ -226,11 +342,47 @@ GRANT INSERT(aggregate_type) ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT INSERT(aggregate_id) ON TABLE app.outbox_audit TO outbox_operator;
 
-GRANT INSERT(sequence_no) ON TABLE app.outbox_audit TO outbox_operator;
+GRANT INSERT(event_type) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(payload) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(payload_bytes) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(headers) ON TABLE app.outbox_audit TO outbox_operator;
+
+GRANT INSERT(created_at) ON TABLE app.outbox_audit TO outbox_operator;
 
 GRANT INSERT(parked_reason) ON TABLE app.outbox_audit TO outbox_operator;
 
-GRANT INSERT(content) ON TABLE app.outbox_audit TO outbox_operator;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE app.outbox_pending TO outbox_relay;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE app.outbox_pending TO outbox_pruner;
+GRANT SELECT,DELETE ON TABLE app.outbox_pending TO outbox_operator;
+
+GRANT UPDATE(state) ON TABLE app.outbox_pending TO outbox_operator;
+
+GRANT UPDATE(reason_code) ON TABLE app.outbox_pending TO outbox_operator;
+
+GRANT UPDATE(reason) ON TABLE app.outbox_pending TO outbox_operator;
+
+GRANT UPDATE(is_unordered) ON TABLE app.outbox_pending TO outbox_operator;
+
+GRANT UPDATE(since) ON TABLE app.outbox_pending TO outbox_operator;
+
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE app.outbox_published TO outbox_relay;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE app.outbox_published TO outbox_pruner;
+GRANT SELECT ON TABLE app.outbox_published TO outbox_operator;
+
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE app.outbox_unordered TO outbox_relay;
+GRANT SELECT,DELETE ON TABLE app.outbox_unordered TO outbox_pruner;
+GRANT SELECT ON TABLE app.outbox_unordered TO outbox_operator;
+
+GRANT SELECT ON TABLE app.outbox_message TO outbox_relay;
+GRANT SELECT ON TABLE app.outbox_message TO outbox_pruner;
+GRANT SELECT ON TABLE app.outbox_message TO outbox_operator;
+
+GRANT SELECT,INSERT,UPDATE ON TABLE app.outbox_reconciled TO outbox_relay;
+GRANT SELECT,INSERT,UPDATE ON TABLE app.outbox_reconciled TO outbox_pruner;
+GRANT SELECT ON TABLE app.outbox_reconciled TO outbox_operator;
 
 GRANT SELECT ON TABLE app.outbox_relay_migration TO outbox_relay;
 
@@ -244,7 +396,7 @@ GRANT INSERT(why) ON TABLE app.outbox_replay TO outbox_operator;
 
 GRANT INSERT(selection) ON TABLE app.outbox_replay TO outbox_operator;
 
-GRANT INSERT(published_before) ON TABLE app.outbox_replay TO outbox_operator;
+GRANT INSERT(published_through) ON TABLE app.outbox_replay TO outbox_operator;
 
 GRANT UPDATE(messages) ON TABLE app.outbox_replay TO outbox_operator;
 
@@ -253,16 +405,14 @@ GRANT UPDATE(reached_no) ON TABLE app.outbox_replay TO outbox_operator;
 GRANT UPDATE(finished_at) ON TABLE app.outbox_replay TO outbox_operator;
 
 GRANT SELECT ON SEQUENCE app.outbox_sequence_no_seq TO outbox_relay;
+GRANT SELECT ON SEQUENCE app.outbox_sequence_no_seq TO outbox_pruner;
+GRANT SELECT ON SEQUENCE app.outbox_sequence_no_seq TO outbox_operator;
 
 GRANT SELECT ON TABLE app.outbox_shard TO outbox_relay;
+GRANT SELECT ON TABLE app.outbox_shard TO outbox_pruner;
 GRANT SELECT ON TABLE app.outbox_shard TO outbox_operator;
 
-GRANT UPDATE(generation) ON TABLE app.outbox_shard TO outbox_relay;
-GRANT UPDATE(generation) ON TABLE app.outbox_shard TO outbox_operator;
-
-GRANT SELECT,INSERT,DELETE ON TABLE app.outbox_unordered TO outbox_relay;
-GRANT SELECT,DELETE ON TABLE app.outbox_unordered TO outbox_pruner;
-GRANT SELECT ON TABLE app.outbox_unordered TO outbox_operator;
-
-GRANT INSERT(transaction_id) ON TABLE app.outbox_unordered TO outbox_operator;
+GRANT UPDATE(shard) ON TABLE app.outbox_shard TO outbox_relay;
+GRANT UPDATE(shard) ON TABLE app.outbox_shard TO outbox_pruner;
+GRANT UPDATE(shard) ON TABLE app.outbox_shard TO outbox_operator;
 

@@ -64,8 +64,12 @@ def connect(conninfo: str, *, application_name: str) -> psycopg.Connection:
     settings = _CLIENT_DEFAULTS | {"application_name": application_name} | given
     with translated_errors():
         connection = psycopg.connect("", autocommit=True, **settings)  # type: ignore[arg-type]
-        if _is_pooled(connection):
-            connection.prepare_threshold = None
+        try:
+            if _is_pooled(connection):
+                connection.prepare_threshold = None
+        except BaseException:
+            connection.close()
+            raise
     return connection
 
 

@@ -11,7 +11,7 @@ CREATE ROLE outbox_pruner NOLOGIN;
 CREATE ROLE outbox_operator NOLOGIN;
 
 CREATE ROLE shop_owner LOGIN PASSWORD 'laptop';
-CREATE ROLE shop_relay LOGIN PASSWORD 'laptop' IN ROLE outbox_relay, pg_read_all_stats;
+CREATE ROLE shop_relay LOGIN PASSWORD 'laptop' IN ROLE outbox_relay, outbox_pruner, pg_read_all_stats;
 CREATE ROLE shop_app LOGIN PASSWORD 'laptop' IN ROLE outbox_writer;
 
 GRANT CREATE, USAGE ON SCHEMA public TO shop_owner;

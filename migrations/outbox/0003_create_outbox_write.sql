@@ -17,7 +17,11 @@ RETURNS uuid
 LANGUAGE plpgsql
 AS $$
 DECLARE
-    reserved CONSTANT text[] := ARRAY['id', 'event_type', 'aggregate_type', 'sequence_no', 'source', 'unordered'];
+    reserved CONSTANT text[] := ARRAY[
+        'id', 'event_type', 'aggregate_type', 'sequence_no', 'source', 'unordered', 'replay',
+        'ce_specversion', 'ce_id', 'ce_source', 'ce_type', 'ce_subject', 'ce_time', 'ce_aggregatetype', 'ce_sequence',
+        'ce_unordered', 'ce_replay'
+    ];
     mistake text[];
 BEGIN
     mistake := CASE

@@ -12,7 +12,7 @@ from outbox_relay.errors import OutboxRelayError
 
 __all__ = ["cli"]
 
-_COMMANDS = ("run", "migrate", "status", "health", "doctor", "parked", "prune", "replay", "config", "demo")
+_COMMANDS = ("run", "migrate", "status", "health", "doctor", "parked", "prune", "reconcile", "replay", "config", "demo")
 
 
 class _Commands(click.Group):

@@ -73,6 +73,7 @@ def _as_table(report: Report) -> str:
         ("phantoms", f"{counts['unexpected']:,}", "received, never committed"),
         ("out of order", f"{counts['reordered']:,}", "behind a later message of their key"),
         ("false marks", f"{counts['false_mark']:,}", "marked published, never received"),
+        ("miscounted", f"{counts['miscounted']:,}", "marks that counted other messages than there are"),
         ("corrupted", f"{counts['corrupted']:,}", "received with another key, value or number"),
         ("parked", f"{counts['parked']:,}", "put aside because Kafka will never take them"),
         ("given up on", f"{counts['given_up']:,}", "late, and marked as such"),

@@ -1,4 +1,4 @@
-"""`outbox-relay doctor`: every check with its finding, and what to paste where one does not pass."""
+"""`outbox-relay doctor`: what the checks have found, and what to paste where one does not pass."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _COLORS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--all", "shows_all", is_flag=True, help="Print the checks that are OK, too, as JSON always does.")
 @click.option(
     "--long-after",
     "long_seconds",
@@ -37,16 +38,18 @@ _COLORS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 )
 @settings_options("schema")
 @click.pass_context
-def doctor(ctx: click.Context, configuration: Configuration, *, as_json: bool, long_seconds: float) -> None:
+def doctor(
+    ctx: click.Context, configuration: Configuration, *, as_json: bool, shows_all: bool, long_seconds: float
+) -> None:
     """
     Examine PostgreSQL, Kafka and the way to them, as the relay would use them; nothing is changed.
 
-    Each check is OK, WARN or FAIL, with the remedy to paste below it. Exits with 5 when one fails.
+    What is not OK is WARN or FAIL, with the remedy to paste below it. Exits with 5 when a check fails.
     """
     settings = configuration.settings
     check_producer_config(settings.producer_config())
     checks = examine(_subject(settings, long_seconds=long_seconds))
-    found = _as_json(checks) if as_json else list(_as_text(checks))
+    found = _as_json(checks) if as_json else list(_as_text(checks, shows_all=shows_all))
     if any(check.status == "FAIL" for check in found):
         ctx.exit(ExitCode.CHECK_FAILED)
 
@@ -70,11 +73,19 @@ def _as_json(checks: Iterable[Check]) -> list[Check]:
     return found
 
 
-def _as_text(checks: Iterable[Check]) -> Iterator[Check]:
-    """Print each check as soon as it is known, since some take seconds."""
+def _as_text(checks: Iterable[Check], *, shows_all: bool) -> Iterator[Check]:
+    """Print what is not OK as soon as it is known, since some checks take seconds; then how many are OK."""
+    fine = 0
     for check in checks:
-        status = click.style(f"{check.status:<4}", fg=_COLORS[check.status])
-        click.echo(f"{status}  {check.name}: {printable(check.finding)}")
-        for line in check.remedy.splitlines():
-            click.echo(f"      {printable(line)}")
+        fine += check.status == "OK"
+        if shows_all or check.status != "OK":
+            _print(check)
         yield check
+    click.echo(f"{fine} checks are OK{'' if shows_all else '; --all shows them'}")
+
+
+def _print(check: Check) -> None:
+    status = click.style(f"{check.status:<4}", fg=_COLORS[check.status])
+    click.echo(f"{status}  {check.name}: {printable(check.finding)}")
+    for line in check.remedy.splitlines():
+        click.echo(f"      {printable(line)}")

@@ -32,17 +32,19 @@ if TYPE_CHECKING:
     from outbox_relay.config import Configuration, Settings
 
 _MOST_SHOWN = 60  # characters of a type or a key; `show` has all of them
-_HEADINGS = ("id", "sequence_no", "parked_at", "key", "waiting", "reason")
+_HEADINGS = ("sequence_no", "since", "key", "behind", "reason")
+_NUMBER = click.IntRange(min=1, max=2**63 - 1)
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_ids_argument = click.argument("ids", nargs=-1, type=int, metavar="[ID]...")
+_numbers_argument = click.argument("numbers", nargs=-1, type=_NUMBER, metavar="[SEQUENCE_NO]...")
+_number_argument = click.argument("number", type=_NUMBER, metavar="SEQUENCE_NO")
 
 
 def _selection_options(command: Callable[..., None]) -> Callable[..., None]:
     key = click.option("--key", "keys", nargs=2, multiple=True, metavar="TYPE ID", help="Of this key; may be repeated.")
     aggregate_type = click.option("--type", "aggregate_type", metavar="TYPE", help="Of this aggregate type.")
     reason = click.option(
-        "--reason", metavar="TEXT", help="Parked for a reason with TEXT in it; % and _ are wildcards."
+        "--reason", metavar="TEXT", help="Parked for a reason with TEXT in it, or its code; % and _ are wildcards."
     )
     return key(aggregate_type(reason(command)))
 
@@ -58,12 +60,12 @@ def _note_options(*, needs_why: bool) -> Callable[[Callable[..., None]], Callabl
 
 @click.group()
 def parked() -> None:
-    """Decide about messages that Kafka did not take, and those that wait behind them."""
+    """Decide about messages that Kafka did not take, and the later ones of their keys."""
 
 
 @parked.command("list")
 @_selection_options
-@click.option("--waiting", "with_waiting", is_flag=True, help="Also those that wait behind an earlier one.")
+@click.option("--behind", "with_behind", is_flag=True, help="Also those that stand behind an earlier one.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Most messages to print.")
 @_json_option
 @settings_options("schema")
@@ -73,20 +75,20 @@ def list_(
     keys: Sequence[tuple[str, str]],
     aggregate_type: str | None,
     reason: str | None,
-    with_waiting: bool,
+    with_behind: bool,
     limit: int,
     as_json: bool,
 ) -> None:
-    """Print the messages that were refused, oldest first, and how many wait behind each."""
+    """Print the messages that were refused, oldest first, and how many stand behind each."""
     selection = Selection(keys=keys, aggregate_type=aggregate_type, reason=reason)
     with _messages(configuration.settings) as messages:
-        found = messages.find(selection, limit=limit + 1, with_waiting=with_waiting)
+        found = messages.find(selection, limit=limit + 1, with_behind=with_behind)
     shown, has_more = found[:limit], len(found) > limit
     if as_json:
         click.echo(json.dumps({"messages": [_line(each) for each in shown], "has_more": has_more}, indent=2))
         return
     if not shown:
-        click.echo("nothing is parked that fits", err=True)
+        click.echo("no parked message fits", err=True)
         return
     click.echo(_table([_HEADINGS, *map(_cells, shown)]))
     if has_more:
@@ -94,21 +96,23 @@ def list_(
 
 
 @parked.command()
-@click.argument("message", type=int, metavar="ID")
+@_number_argument
 @_json_option
 @settings_options("schema")
-def show(configuration: Configuration, *, message: int, as_json: bool) -> None:
+def show(configuration: Configuration, *, number: int, as_json: bool) -> None:
     """Print everything of one parked message; payload_bytes in base64."""
     with _messages(configuration.settings) as messages:
-        fields = messages.show(message)
+        fields = messages.show(number)
     if as_json:
         click.echo("{\n" + ",\n".join(f'  "{name}": {value}' for name, value in fields.items()) + "\n}")
     else:
         click.echo("\n".join(f"{name:<16}{printable(value)}" for name, value in fields.items() if value != "null"))
+    if fields["message_id"] == "null":
+        click.echo(f"message {number} was deleted from the outbox: this is what is left of it", err=True)
 
 
 @parked.command()
-@click.argument("message", type=int, metavar="ID")
+@_number_argument
 @click.option("--payload", metavar="JSON|@FILE", help="The new payload, or the file that has it.")
 @click.option(
     "--payload-bytes",
@@ -123,7 +127,7 @@ def show(configuration: Configuration, *, message: int, as_json: bool) -> None:
 def edit(
     configuration: Configuration,
     *,
-    message: int,
+    number: int,
     payload: str | None,
     payload_bytes: str | None,
     headers: Sequence[str],
@@ -135,7 +139,7 @@ def edit(
     """
     Replace the payload or headers of a parked message, if the outcome can be published; it stays parked.
 
-    Its id, key and number stay as they are. The audit table keeps what it was.
+    Its message_id, key and number stay as they are. The audit table keeps what it was.
     """
     if payload is not None and payload_bytes is not None:
         raise click.UsageError("a message has one payload: give --payload or --payload-bytes")
@@ -152,16 +156,16 @@ def edit(
     settings = configuration.settings
     with _messages(settings) as messages:
         messages.edit(
-            message,
+            number,
             change=change,
             max_message_bytes=int(settings.producer_config().get("message.max.bytes", MAX_MESSAGE_BYTES)),
             note=Note(operator, why),
         )
-    click.echo(json.dumps({"edited": message}) if as_json else f"edited {message}")
+    click.echo(json.dumps({"edited": number}) if as_json else f"edited {number}")
 
 
 @parked.command()
-@_ids_argument
+@_numbers_argument
 @_selection_options
 @click.option("--all", "everything", is_flag=True, help="All keys that have parked messages.")
 @click.option("--dry-run", is_flag=True, help="Print what would be released.")
@@ -171,7 +175,7 @@ def edit(
 def release(
     configuration: Configuration,
     *,
-    ids: Sequence[int],
+    numbers: Sequence[int],
     keys: Sequence[tuple[str, str]],
     aggregate_type: str | None,
     reason: str | None,
@@ -184,16 +188,16 @@ def release(
     """
     Publish parked messages after all, whole keys in their order.
 
-    A message named by its id takes its key along; it must be the first that is parked of its key, or the earlier ones
-    must be named too.
+    A message named by its number takes its key along. It has to be the first parked one of its key, or the earlier ones
+    have to be named too.
     """
     is_selected = bool(keys or aggregate_type is not None or reason is not None)
-    if bool(ids) + is_selected + everything != 1:
-        raise click.UsageError("say what to release: IDs, or some of --key, --type and --reason, or --all")
+    if bool(numbers) + is_selected + everything != 1:
+        raise click.UsageError("say what to release: SEQUENCE_NOs, or some of --key, --type and --reason, or --all")
     settings = configuration.settings
     selection = Selection(keys=keys, aggregate_type=aggregate_type, reason=reason)
     with _messages(settings) as messages:
-        found = messages.keys_of(ids) if ids else messages.keys(selection)
+        found = messages.keys_of(numbers) if numbers else messages.keys(selection)
         released = (
             found
             if dry_run
@@ -202,11 +206,13 @@ def release(
     if as_json:
         click.echo(json.dumps({"dry_run": dry_run, "released": _counts(released)}, indent=2))
     else:
-        click.echo("\n".join([*map(_key, released), f"{'would release' if dry_run else 'released'} {_sum(released)}"]))
+        click.echo(
+            "\n".join([*map(_key, released), *_released(released, verb="would release" if dry_run else "released")])
+        )
 
 
 @parked.command()
-@_ids_argument
+@_numbers_argument
 @click.option("--release-rest", is_flag=True, help="Release the other parked messages of the same keys.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_note_options(needs_why=True)
@@ -215,7 +221,7 @@ def release(
 def skip(
     configuration: Configuration,
     *,
-    ids: Sequence[int],
+    numbers: Sequence[int],
     release_rest: bool,
     yes: bool,
     operator: str | None,
@@ -223,22 +229,27 @@ def skip(
     as_json: bool,
 ) -> None:
     """Move parked messages to the audit table, outbox_audit, so that they are never published."""
-    if not ids:
-        raise click.UsageError("say which messages: IDs of outbox-relay parked list")
+    if not numbers:
+        raise click.UsageError("say which messages: SEQUENCE_NOs of outbox-relay parked list")
     if not yes:
-        question = f"Never publish {_number(len(ids), 'message')}?"
+        question = f"Never publish {_number(len(set(numbers)), 'message')}?"
         confirm(question, otherwise="this cannot be undone: confirm it with --yes")
     settings = configuration.settings
     with _messages(settings) as messages:
         skipped = messages.skip(
-            ids,
+            numbers,
             note=Note(operator, why),
             release_rest=release_rest,
             are_overtaken=settings.on_poison == "skip",
         )
     if as_json:
-        left, released = _counts(skipped.left), _counts(skipped.released)
-        click.echo(json.dumps({"skipped": skipped.ids, "released": released, "left": left}, indent=2))
+        outcome = {
+            "skipped": skipped.numbers,
+            "deleted_before": skipped.deleted,
+            "released": _counts(skipped.released),
+            "left": _counts(skipped.left),
+        }
+        click.echo(json.dumps(outcome, indent=2))
     else:
         click.echo(_outcome(skipped))
 
@@ -251,11 +262,12 @@ def _messages(settings: Settings) -> Iterator[ParkedMessages]:
             connection,
             schema=settings.schema_name,
             lock_timeout=settings.transaction_timeout,  # PostgreSQL lets no idle relay hold a shard for longer
+            statement_timeout=settings.statement_timeout,
         )
 
 
 def _content(given: str | None) -> bytes | None:
-    """Give the bytes of an argument, or of the file that it names."""
+    """Return the bytes of an argument, or of the file that it names."""
     if given is None or not given.startswith("@"):
         return None if given is None else os.fsencode(given)
     try:
@@ -273,17 +285,16 @@ def _headers(given: Sequence[str]) -> dict[str, str]:
 
 
 def _line(message: ParkedMessage) -> dict[str, object]:
-    return asdict(message) | {"parked_at": message.parked_at.isoformat()}
+    return asdict(message) | {"since": message.since.isoformat()}
 
 
 def _cells(message: ParkedMessage) -> tuple[str, ...]:
     return (
-        str(message.id),
         str(message.sequence_no),
-        message.parked_at.isoformat(timespec="seconds"),
+        message.since.isoformat(timespec="seconds"),
         _key_name(message),
-        f"{message.waiting:,}{'+' if message.waiting == MOST_COUNTED else ''}",
-        printable(message.reason),
+        f"{message.behind:,}{'+' if message.behind == MOST_COUNTED else ''}",
+        printable(f"{message.reason_code}: {message.reason}"),
     )
 
 
@@ -299,7 +310,19 @@ def _key(key: ParkedKey) -> str:
 
 
 def _key_name(of: ParkedMessage | ParkedKey) -> str:
-    return f"{printable(of.aggregate_type, most=_MOST_SHOWN)} {printable(of.aggregate_id, most=_MOST_SHOWN)}"
+    aggregate_type = printable(of.aggregate_type, most=_MOST_SHOWN)
+    if of.aggregate_id is None:
+        return f"{aggregate_type} (deleted)"
+    return f"{aggregate_type} {printable(of.aggregate_id, most=_MOST_SHOWN)}"
+
+
+def _released(keys: Sequence[ParkedKey], *, verb: str) -> list[str]:
+    """Say how many messages are released, and of how many nothing is left to release."""
+    deleted = sum(key.messages for key in keys if key.aggregate_id is None)
+    lines = [f"{verb} {_sum([key for key in keys if key.aggregate_id is not None])}"]
+    if deleted:
+        lines.append(f"{_number(deleted, 'message')} more had been deleted from the outbox")
+    return lines
 
 
 def _sum(keys: Sequence[ParkedKey]) -> str:
@@ -311,13 +334,23 @@ def _number(count: int, noun: str) -> str:
 
 
 def _counts(keys: Sequence[ParkedKey]) -> list[dict[str, object]]:
-    return [asdict(key) for key in keys]
+    return [
+        {
+            "shard": key.shard,
+            "aggregate_type": key.aggregate_type,
+            "aggregate_id": key.aggregate_id,
+            "messages": key.messages,
+        }
+        for key in keys
+    ]
 
 
 def _outcome(skipped: Skipped) -> str:
-    lines = [f"skipped {_number(len(skipped.ids), 'message')}"]
+    lines = [f"skipped {_number(len(skipped.numbers), 'message')}"]
+    if skipped.deleted:
+        lines.append(f"deleted from the outbox before: {', '.join(map(str, skipped.deleted))}")
     if skipped.released:
-        lines.append(f"released {_sum(skipped.released)}")
+        lines += _released(skipped.released, verb="released")
     if skipped.left:
         lines += [*map(_key, skipped.left), f"still parked: {_sum(skipped.left)}; see outbox-relay parked release"]
     return "\n".join(lines)

@@ -46,7 +46,8 @@ def prune(
     """
     Remove messages that were published longer ago than the retention.
 
-    What is unpublished or parked stays, however old. For roles in outbox_pruner; it may run beside relays and itself.
+    What is unpublished, waiting or parked stays, however old, and so does what no mark has counted: that is published.
+    For roles in outbox_pruner; it may run beside relays and itself.
     """
     settings = configuration.settings
     older_than_seconds = older_than or settings.retention
@@ -66,14 +67,22 @@ def prune(
             text = f"{counted:,} messages would be removed"
         else:
             pruned = pruning.prune(connection, options=options, on_batch=_tell_progress)
-            found = {"pruned_messages": pruned.messages, "pruned_unordered": pruned.unordered}
+            found = {
+                "pruned_messages": pruned.messages,
+                "pruned_unordered": pruned.unordered,
+                "skipped_messages": pruned.skipped,
+            }
             text = f"{pruned.messages:,} messages removed"
     _end_progress()
+    if found.get("skipped_messages"):
+        click.echo(
+            f"skipped messages that stay, for a relay publishes them now: {found['skipped_messages']:,}", err=True
+        )
     click.echo(json.dumps(found, indent=2) if as_json else text)
 
 
 def prune_options(settings: Settings, *, older_than_seconds: float) -> PruneOptions:
-    """Give what the settings say about pruning, for the relay and for this command."""
+    """Return what the settings say about pruning, for the relay and for this command."""
     return PruneOptions(
         schema=settings.schema_name,
         older_than_seconds=older_than_seconds,

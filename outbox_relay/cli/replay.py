@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
     from outbox_relay.config import Configuration, Settings
-    from outbox_relay.operate.replay import Found
-    from outbox_relay.relay.message import Addressing
+    from outbox_relay.relay.message import Addressing, Message
 
 _NUMBER = click.IntRange(1, LARGEST_NUMBER)
+_LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last one that a datetime can hold
 
 
 class _Time(click.ParamType[datetime]):
-    """A time as ISO 8601 has it, in UTC unless it says otherwise."""
+    """A time in the form of ISO 8601, in UTC unless it says otherwise."""
 
     name = "time"
 
@@ -122,9 +122,9 @@ def replay(
     """
     Publish messages again that are published already and still kept, with the header `replay`.
 
-    All that is given has to apply. What is unpublished or parked is left to the relay; nothing is locked or changed, so
-    relays go on meanwhile. Of each key the messages come in their order, behind newer ones that were published before.
-    For roles in outbox_operator.
+    All that is given has to apply. Messages that are unpublished, wait or are parked are left to the relay. Nothing is
+    locked or changed, so relays go on meanwhile. The messages of each key come in their order, behind newer ones that
+    were published before. For roles in outbox_operator.
     """
     selection = Selection(
         keys=tuple(sorted(set(keys))),
@@ -204,7 +204,7 @@ def _new_name() -> str:
 
 @contextmanager
 def _shown(plan: Plan) -> Iterator[Callable[[Progress], None]]:
-    """Give what shows progress on a terminal; an error is followed by how far it came, and how to go on."""
+    """Return what shows progress on a terminal; an error is followed by how far it came, and how to go on."""
     latest = plan.progress or Progress()
     with click.progressbar(length=plan.messages, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
 
@@ -241,13 +241,17 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
         return
     for topic, messages in sorted(plan.topics.items()):
         click.echo(f"{messages:,} to {topic}")
-    click.echo(f"first {plan.first.sequence_no} of {plan.first.created_at.isoformat(timespec='seconds')}")
-    click.echo(f"last {plan.last.sequence_no} of {plan.last.created_at.isoformat(timespec='seconds')}")
+    click.echo(f"first {plan.first.sequence_no} of {_created_at(plan.first).isoformat(timespec='seconds')}")
+    click.echo(f"last {plan.last.sequence_no} of {_created_at(plan.last).isoformat(timespec='seconds')}")
     click.echo(f"would replay {plan.messages:,} messages")
 
 
-def _place(found: Found | None) -> dict[str, object] | None:
-    return found and {"sequence_no": found.sequence_no, "created_at": found.created_at.isoformat()}
+def _place(message: Message | None) -> dict[str, object] | None:
+    return message and {"sequence_no": message.sequence_no, "created_at": _created_at(message).isoformat()}
+
+
+def _created_at(message: Message) -> datetime:
+    return datetime.fromtimestamp(min(message.created_at_ms, _LATEST_MS) / 1000, UTC)
 
 
 def _done(plan: Plan, progress: Progress) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from outbox_relay import __version__
 from outbox_relay.cli.exits import ExitCode
 from outbox_relay.cli.options import settings_options
 from outbox_relay.cli.prune import prune_options
+from outbox_relay.cli.reconcile import reconcile_options
 from outbox_relay.cli.signals import StopSignals
 from outbox_relay.config import check_producer_config
 from outbox_relay.database import connect
@@ -30,12 +30,14 @@ from outbox_relay.observe.metrics import Metrics
 from outbox_relay.observe.telemetry import Telemetry
 from outbox_relay.operate.schema import check_schema
 from outbox_relay.relay.canary import CanaryOptions, check_canary
-from outbox_relay.relay.claim import SHARDS, ClaimOptions
+from outbox_relay.relay.claim import ClaimOptions
 from outbox_relay.relay.failpoints import Failpoints, parse_failpoints
 from outbox_relay.relay.failures import Backoff
 from outbox_relay.relay.loop import LaneOptions
 from outbox_relay.relay.message import Addressing
+from outbox_relay.relay.prune import check_pruning
 from outbox_relay.relay.publish import Publisher
+from outbox_relay.relay.read import Limits
 from outbox_relay.relay.relay import Relay, RelayOptions
 from outbox_relay.relay.survey import SurveyOptions
 from outbox_relay.relay.watch import WatchOptions
@@ -159,6 +161,8 @@ class _Process:
         settings = self._settings
         with closing(self._connect("main")) as connection:
             warning = check_schema(connection, schema=settings.schema_name)
+            if settings.retention:
+                check_pruning(connection, schema=settings.schema_name)
             if settings.canary_interval:
                 check_canary(connection, schema=settings.schema_name)
             source = source_of(settings, connection)
@@ -184,8 +188,6 @@ class _Process:
             envelope=settings.envelope,
             is_traced=publisher_class is not Publisher,
             lanes=settings.lanes,
-            settle=settings.settle,
-            ordering=settings.ordering,
             on_poison=settings.on_poison,
             pid=os.getpid(),
         )
@@ -244,7 +246,6 @@ def addressing_of(settings: Settings) -> Addressing:
         source=settings.source,
         envelope=settings.envelope,
         readable_bytes=_READABLE_FACTOR * int(settings.producer_config().get("message.max.bytes", 1_000_000)),
-        is_ordered=settings.ordering == "sequence",
     )
 
 
@@ -256,10 +257,6 @@ def source_of(settings: Settings, connection: Connection) -> str:
 def _relay_options(settings: Settings, addressing: Addressing, *, failpoints: Failpoints) -> RelayOptions:
     claim = ClaimOptions(
         schema=settings.schema_name,
-        messages=settings.batch_size,
-        stored_bytes=settings.batch_bytes,
-        readable_bytes=addressing.readable_bytes,
-        shards=math.ceil(SHARDS / settings.lanes),
         lock_timeout=settings.lock_timeout,
         statement_timeout=settings.statement_timeout,
         transaction_timeout=settings.transaction_timeout,
@@ -267,17 +264,18 @@ def _relay_options(settings: Settings, addressing: Addressing, *, failpoints: Fa
     )
     lane = LaneOptions(
         claim=claim,
+        limits=Limits(
+            messages=settings.batch_size,
+            stored_bytes=settings.batch_bytes,
+            readable_bytes=addressing.readable_bytes,
+        ),
         addressing=addressing,
-        settle=settings.settle,
         on_poison=settings.on_poison,
         publish_deadline=settings.publish_deadline,
-        # Without order, messages appear below the horizon all the time, and only a sweep finds them.
-        sweep_interval=settings.sweep_interval if addressing.is_ordered else settings.idle_poll_interval,
         failpoints=failpoints,
     )
     watch = WatchOptions(
         schema=settings.schema_name,
-        is_ordered=addressing.is_ordered,
         ordering_timeout=settings.ordering_timeout,
         poll_interval=settings.poll_interval,
         idle_poll_interval=settings.idle_poll_interval,
@@ -289,6 +287,7 @@ def _relay_options(settings: Settings, addressing: Addressing, *, failpoints: Fa
         lanes=settings.lanes,
         lane=lane,
         watch=watch,
+        reconcile=reconcile_options(settings),
         prune=prune,
         survey=survey if settings.survey_interval and settings.metrics_port else None,  # or nobody would see it
         canary=canary if settings.canary_interval else None,

@@ -1,4 +1,4 @@
-"""`outbox-relay status`: the backlog, what is parked, and who holds the horizon."""
+"""`outbox-relay status`: the backlog, what waits, what is parked, and who holds things up."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from outbox_relay.database import connect
 from outbox_relay.operate.status import MOST_COUNTED, Status, how_to_end, read_status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from outbox_relay.config import Configuration
     from outbox_relay.relay.horizon import OpenTransaction
 
@@ -52,7 +54,7 @@ def status(
     watch_seconds: float | None,
     max_age_seconds: float | None,
 ) -> None:
-    """Show the backlog, its age, what is parked, and which open writers hold the horizon."""
+    """Show the backlog, its age, what waits and why, what is parked, and who holds the horizon or a shard."""
     settings = configuration.settings
     url = settings.database_url.get_secret_value()
     with closing(connect(url, application_name="outbox-relay status")) as connection:
@@ -76,22 +78,32 @@ def _show(found: Status, *, as_json: bool, is_watched: bool) -> None:
 
 
 def _text(found: Status) -> str:
+    oldest = f": message {found.oldest_no}" if found.oldest_no is not None else ""
+    reasons = ", ".join(f"{printable(code)}: {count:,}" for code, count in found.waiting_reasons.items())
     lines = [
         f"unpublished   {_count(found.unpublished)}",
-        f"oldest        {found.oldest_age_seconds:.1f} s",
+        f"oldest        {found.oldest_age_seconds:.1f} s{oldest}",
+        f"waiting       {_count(found.waiting)}{f'; {reasons}' if reasons else ''}",
         f"parked        {_count(found.parked)} of {found.parked_keys:,} keys",
-        f"open writers  {len(found.writers)}",
     ]
-    return "\n".join([*lines, *(f"  {_writer(writer)}" for writer in found.writers)])
+    if found.uncollected_writers:
+        lines.append(f"late writers  {found.uncollected_writers} have ended, and nobody has collected their messages")
+    if found.lockers:
+        lines += [f"shards held   by {len(found.lockers)}, who are no relays", *_transactions(found.lockers)]
+    return "\n".join([*lines, f"open writers  {len(found.writers)}", *_transactions(found.writers)])
 
 
 def _count(number: int) -> str:
     return f"{number:,} or more" if number >= MOST_COUNTED else f"{number:,}"
 
 
-def _writer(writer: OpenTransaction) -> str:
+def _transactions(found: Iterable[OpenTransaction]) -> Iterator[str]:
+    return (f"  {_transaction(each)}" for each in found)
+
+
+def _transaction(found: OpenTransaction) -> str:
     """One open transaction with what ends it, for an operator to paste."""
-    who = writer.application_name or writer.role_name
-    what = f"prepared {writer.gid!r} of {who}" if writer.gid else f"pid {writer.pid} ({who}), {writer.state}"
-    last = f"  -- last query: {' '.join(writer.query.split())}" if writer.query else ""
-    return printable(f"{what}, {writer.age_seconds:.1f} s: {how_to_end(writer)}{last}")
+    who = found.application_name or found.role_name
+    what = f"prepared {found.gid!r} of {who}" if found.gid else f"pid {found.pid} ({who}), {found.state}"
+    last = f"  -- last query: {' '.join(found.query.split())}" if found.query else ""
+    return printable(f"{what}, {found.age_seconds:.1f} s: {how_to_end(found)}{last}")

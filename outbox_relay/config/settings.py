@@ -17,9 +17,9 @@ from outbox_relay.config.durations import MOST_SECONDS, duration_seconds
 from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic reads the annotations
 from outbox_relay.config.names import PREFIX, env_name
 from outbox_relay.relay.canary import AGGREGATE_TYPE as CANARY_TYPE
-from outbox_relay.relay.claim import SHARDS
 from outbox_relay.relay.failpoints import parse_failpoints
 from outbox_relay.relay.message import is_topic_name
+from outbox_relay.relay.shards import SHARDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -146,11 +146,11 @@ class Settings(BaseSettings):
     connections and memory, and little speed beyond the cores at hand."""
 
     batch_size: Annotated[int, Field(ge=1, le=100_000)] = 5_000
-    """Rows claimed at once by a lane. More: more memory and more duplicates after a crash. Fewer: less throughput."""
+    """Messages that a lane reads at once. More: more memory. Fewer: less throughput."""
 
     batch_bytes: Annotated[ByteSize, Field(ge=1_024)] = ByteSize(8 * 1024 * 1024)
-    """Bytes claimed at once by a lane, such as `8MiB`; one row is always taken. More: more memory. Fewer: less
-    throughput."""
+    """Bytes that a lane reads at once, such as `8MiB`; one message of each shard is always read. More: more memory.
+    Fewer: less throughput."""
 
     poll_interval: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] = 0.002
     """Seconds between polls while messages arrive. More: later delivery. Less: more processor time and round trips."""
@@ -159,23 +159,11 @@ class Settings(BaseSettings):
     """Seconds between polls after a time without messages. More: later delivery of the first message. Less: more work
     while idle."""
 
-    sweep_interval: Seconds = 5.0
-    """Seconds between searches for rows left behind. More: such rows, rare as they are, arrive later. Less: more
-    reading of dead index entries."""
-
-    settle: Literal["mark", "delete"] = "mark"
-    """What happens to a published row. `mark` keeps it for replay, until retention removes it; `delete` costs half and
-    keeps nothing."""
-
     retention: Annotated[float, BeforeValidator(_duration), Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)] = (
         604_800.0
     )
-    """Seconds for which a published row is kept, or a duration such as `36h` or `30d`. More: a larger table. Less:
-    less to replay. 0: for ever, and `outbox-relay prune` is left to you."""
-
-    ordering: Literal["sequence", "none"] = "sequence"
-    """`sequence` publishes the messages of a key in the order of their numbers. `none` does not wait for open
-    transactions: sooner, and out of order where they overlap."""
+    """Seconds for which the relay keeps a published row, or a duration such as `36h` or `30d`. More: a larger table.
+    Less: less to replay. 0: the relay removes nothing, and `outbox-relay prune` is left to you."""
 
     ordering_timeout: Seconds = 5.0
     """Seconds that a writer may keep its transaction open before the others stop waiting for it. More: one slow writer

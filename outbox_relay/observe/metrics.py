@@ -20,10 +20,14 @@ _LONG_SECONDS = (*_SECONDS, 60.0, 300.0, 3600.0)
 _MESSAGES = (1, 10, 50, 100, 500, 1000, 2500, 5000, 10000)
 
 _SURVEYED = {
-    "unpublished_messages": "Messages that wait, counted up to 10,000.",
-    "oldest_unpublished_seconds": "Age of the oldest message that waits.",
+    "unpublished_messages": "Messages that are not in Kafka, counted up to 10,000.",
+    "oldest_unpublished_seconds": "Age of the oldest of them.",
+    "waiting_messages": "Messages that a mark has passed and that wait for Kafka, counted up to 10,000.",
+    "oldest_waiting_seconds": "Time for which the first of them has been waiting.",
     "parked_messages": "Messages that are set aside, counted up to 10,000.",
     "parked_keys": "Keys they belong to, counted up to 10,000.",
+    "uncollected_writers": "Given-up writers that have ended and whose messages nobody has collected.",
+    "unreconciled_seconds": "Age of the oldest mark that has not been compared with the rows.",
     "xid_age": "Transactions since the oldest row of the database was frozen.",
     "oldest_xmin_age": "Transactions for which vacuum has been held back.",
     "longest_transaction_seconds": "Age of the oldest open transaction of the database.",
@@ -56,17 +60,21 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, namespace=_PREFIX, buckets=buckets, registry=registry)
 
-        self.published_messages = counter("published_messages", "Messages acknowledged and settled.", "topic")
+        self.published_messages = counter("published_messages", "Messages that Kafka acknowledged, each time.", "topic")
         self.published_bytes = counter("published_bytes", "Bytes of them, as stored.", "topic")
         self.failed_deliveries = counter("failed_deliveries", "Messages not acknowledged.", "code", "scope")
         self.republished_messages = counter("republished_messages", "Messages in Kafka that are not marked.", "cause")
         for cause in get_args(RepublishCause):
             self.republished_messages.labels(cause)
         self.newly_parked_messages = counter("newly_parked_messages", "Messages set aside for an operator.")
+        self.recorded_marks = counter("recorded_marks", "Marks that say how far a shard is settled.")
         self.unordered_messages = counter("unordered_messages", "Messages published with the header unordered.")
-        self.late_messages = counter("late_messages", "Messages found below the floor by a sweep.")
+        self.late_messages = counter("late_messages", "Messages of given-up writers that came after all.")
         self.given_up_writers = counter("given_up_writers", "Writers open beyond the ordering timeout.")
         self.claim_conflicts = counter("claim_conflicts", "Claims rolled back by a lock, deadlock or time-out.")
+        self.reconciled_messages = counter("reconciled_messages", "Messages compared with the marks that passed them.")
+        self.skipped_messages = counter("skipped_messages", "Messages that no mark had counted, sent after all.")
+        self.failed_reconcilings = counter("failed_reconcilings", "Rounds of reconciling that an error ended.")
         self.pruned_messages = counter("pruned_messages", "Published messages removed by age.")
         self.failed_prunings = counter("failed_prunings", "Rounds of pruning that an error ended.")
         self.failed_surveys = counter("failed_surveys", "Surveys that an error ended.")
@@ -74,14 +82,15 @@ class Metrics:
         self.lost_connections = counter("lost_connections", "Times a part was lost.", "part")
         self.rebuilt_producers = counter("rebuilt_producers", "Producers replaced after a failure or silence.")
         self.batch_messages = histogram("batch_messages", "Messages of a batch.", _MESSAGES)
-        self.claim_seconds = histogram("claim_seconds", "Time to claim a batch.", _SECONDS)
+        self.read_seconds = histogram("read_seconds", "Time to read a batch.", _SECONDS)
         self.publish_seconds = histogram("publish_seconds", "Time to publish a batch.", _SECONDS)
-        self.settle_seconds = histogram("settle_seconds", "Time to settle and commit a batch.", _SECONDS)
+        self.record_seconds = histogram("record_seconds", "Time to record the marks of a stint.", _SECONDS)
+        self.reconcile_seconds = histogram("reconcile_seconds", "Time to compare a batch with its marks.", _SECONDS)
         self.prune_seconds = histogram("prune_seconds", "Time to prune a batch.", _SECONDS)
-        self.canary_seconds = histogram("canary_seconds", "Time from a canary row's insert to its mark.", _LONG_SECONDS)
+        self.canary_seconds = histogram("canary_seconds", "Time from a canary's insert to its mark.", _LONG_SECONDS)
         self.horizon_held_seconds = gauge("horizon_held_seconds", "How long open writers have held the horizon.")
         self.horizon_blockers = gauge("horizon_blockers", "Open writers that the horizon waits for.")
-        self.canary_open = gauge("canary_open_seconds", "How long the present canary row has been on its way.")
+        self.canary_open = gauge("canary_open_seconds", "How long the present canary has been on its way.")
         self.held_topics = gauge("held_topics", "Topics that cannot be written to now.")
         self.is_up = gauge("up", "1 while the part is in working order.", "part")
         self.beat_age = gauge("beat_age_seconds", "Time since the thread last began a turn.", "thread")

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from outbox_relay.observe.metrics import Metrics, RepublishCause
     from outbox_relay.relay.failures import Scope
     from outbox_relay.relay.horizon import OpenTransaction
-    from outbox_relay.relay.settle import Settlement
+    from outbox_relay.relay.message import Message
+    from outbox_relay.relay.reconcile import Repair
+    from outbox_relay.relay.settle import Aside
     from outbox_relay.relay.survey import Backlog, Head, Upkeep
 
 _HELD_SECONDS = 1.0  # from when on a held horizon is worth telling
@@ -90,18 +92,14 @@ class Telemetry:
     def batch_published(
         self,
         lane: str,
-        settlement: Settlement,
+        published: Sequence[Message],
         *,
         acknowledged_at: float,
-        claim_seconds: float,
+        read_seconds: float,
         publish_seconds: float,
-        settle_seconds: float,
     ) -> None:
-        """Count a committed batch; *acknowledged_at* is in seconds since 1970, by the database's clock."""
+        """Count a batch that Kafka took; *acknowledged_at* is in seconds since 1970, by the database's clock."""
         metrics = self._metrics
-        published = settlement.published
-        if published or settlement.parked:
-            self._settled_at = time.monotonic()
         if published:
             metrics.commit_to_ack.observe(map(_CREATED_AT_MS, published), ended_ms=1000 * acknowledged_at)
         messages = Counter(map(_AGGREGATE_TYPE, published))
@@ -114,28 +112,37 @@ class Telemetry:
         if unordered:
             metrics.unordered_messages.inc(unordered)
         metrics.batch_messages.observe(len(published))
-        metrics.claim_seconds.observe(claim_seconds)
+        metrics.read_seconds.observe(read_seconds)
         metrics.publish_seconds.observe(publish_seconds)
-        metrics.settle_seconds.observe(settle_seconds)
         self._logger.debug(
             events.BATCH_PUBLISHED,
             lane=lane,
             messages=len(published),
-            claim_seconds=round(claim_seconds, 6),
+            read_seconds=round(read_seconds, 6),
             publish_seconds=round(publish_seconds, 6),
-            settle_seconds=round(settle_seconds, 6),
         )
-        if settlement.parked:
-            metrics.newly_parked_messages.inc(len(settlement.parked))
-            first = settlement.parked[0]
-            self._logger.error(
-                events.MESSAGES_PARKED,
-                lane=lane,
-                messages=len(settlement.parked),
-                first_sequence_no=first.message.sequence_no,
-                first_message_id=first.message.message_id,
-                first_reason=first.reason,
-            )
+
+    def marks_recorded(self, marks: int, *, messages: int, seconds: float) -> None:
+        """Count the marks of a stint that is committed, and what they settle."""
+        if messages:
+            self._settled_at = time.monotonic()
+        self._metrics.recorded_marks.inc(marks)
+        self._metrics.record_seconds.observe(seconds)
+
+    def messages_parked(self, lane: str, parked: Sequence[Aside]) -> None:
+        """Count messages that were set aside for an operator, and say which is the first."""
+        if not parked:
+            return
+        self._metrics.newly_parked_messages.inc(len(parked))
+        first = parked[0]
+        self._logger.error(
+            events.MESSAGES_PARKED,
+            lane=lane,
+            messages=len(parked),
+            first_sequence_no=first.message.sequence_no,
+            first_message_id=first.message.message_id,
+            first_reason=first.failure.text,
+        )
 
     def deliveries_failed(self, failures: Mapping[tuple[str, Scope], int]) -> None:
         """Count messages that were not acknowledged, by code."""
@@ -146,7 +153,7 @@ class Telemetry:
             self._logger.warning(events.DELIVERIES_FAILED, codes=codes)
 
     def messages_republished(self, count: int, *, cause: RepublishCause) -> None:
-        """Count messages that are in Kafka and could not be marked: they will be sent again."""
+        """Count messages that are in Kafka and below no mark: they will be sent again."""
         self._metrics.republished_messages.labels(cause).inc(count)
 
     def producers_rebuilt(self, count: int) -> None:
@@ -154,7 +161,7 @@ class Telemetry:
         self._metrics.rebuilt_producers.inc(count)
 
     def late_messages_found(self, count: int) -> None:
-        """Count messages that appeared below the floor."""
+        """Count messages of writers that were given up on, which came after all."""
         self._metrics.late_messages.inc(count)
         self._logger.info(events.LATE_MESSAGES_FOUND, messages=count)
 
@@ -162,6 +169,22 @@ class Telemetry:
         """Count a claim that was rolled back."""
         self._metrics.claim_conflicts.inc()
         self._logger.warning(events.CLAIM_CONFLICTED, lane=lane, error=str(error))
+
+    def batch_reconciled(self, messages: int, *, seconds: float) -> None:
+        """Count messages that were compared with the marks."""
+        if messages:
+            self._metrics.reconciled_messages.inc(messages)
+            self._metrics.reconcile_seconds.observe(seconds)
+
+    def skipped_messages_found(self, repair: Repair) -> None:
+        """Count messages that no mark had counted, and say which interval they are from; they are sent now."""
+        self._metrics.skipped_messages.inc(repair.messages)
+        self._logger.error(events.SKIPPED_MESSAGES_FOUND, **asdict(repair))
+
+    def reconciling_failed(self, error: Exception) -> None:
+        """Count a round of reconciling that an error ended; the relay works on."""
+        self._metrics.failed_reconcilings.inc()
+        self._logger.warning(events.RECONCILING_FAILED, error=str(error))
 
     def batch_pruned(self, messages: int, *, seconds: float) -> None:
         """Count messages that were removed because of their age."""
@@ -354,10 +377,14 @@ class Telemetry:
         return reasons
 
     def _is_publishable(self, head: Head) -> bool:
-        """Tell whether the message waits for nothing that has a reason, a metric and an event of its own."""
+        """
+        Tell whether the message waits for nothing that has a reason, a metric and an event of its own.
+
+        A message whose topic is held waits behind the mark. Above it, it would be the shard that stands still.
+        """
         if self.is_lost("kafka") or self.is_lost("database"):
             return False
         try:
-            return self._topic_of(head.aggregate_type) not in self._lost["topic"]
+            return head.state == "unpublished" or self._topic_of(head.aggregate_type) not in self._lost["topic"]
         except OutboxRelayError:
             return True  # no topic at all: it is about to be parked

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from outbox_relay.database import roll_back
 from outbox_relay.errors import DatabaseConflict
 from outbox_relay.relay.failures import Backoff
-from outbox_relay.relay.prune import (
-    count_batch,
-    first_kept_id,
-    open_partition,
-    prune_batch,
-    prune_partition,
-    prune_unordered,
-)
+from outbox_relay.relay.prune import count_batch, first_kept_number, prune_all, prune_unordered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from psycopg import Connection
 
     from outbox_relay.relay.prune import PrunedBatch, PruneOptions
+    from outbox_relay.relay.reconcile import Repair
 
-_T = TypeVar("_T")
 _BUSY_SECONDS = 0.05  # while a relay prunes a batch
 _ATTEMPTS = 8  # in about 10 s
 
@@ -41,16 +31,18 @@ class Pruned:
 
     Attributes:
         messages: Published messages.
-        unordered: Records of transactions that were given up on, of which every message is published.
+        unordered: Records of writers that were given up on, of which no message is left.
+        skipped: Messages that no mark had counted. They were not removed, and wait to be published.
     """
 
     messages: int
     unordered: int
+    skipped: int = 0
 
 
 def prune(connection: Connection, *, options: PruneOptions, on_batch: Callable[[int], None]) -> Pruned:
     """
-    Remove every message that is old enough, and what is remembered of overtaken transactions.
+    Remove every message that is old enough, and what is remembered of writers that were given up on.
 
     *connection* is in autocommit mode. Partitions are opened and dropped first, as it is time. Each batch is a
     transaction, and as much time passes between two of them as they take. One that a lock or a time-out rolled back is
@@ -64,55 +56,65 @@ def prune(connection: Connection, *, options: PruneOptions, on_batch: Callable[[
         DatabaseConflict: A lock or a time-out rolled a batch back at each attempt.
         SchemaMismatch: There is no outbox, or this role may not remove its messages.
     """
-    persist = partial(_persist, connection)
-    persist(lambda: open_partition(connection, options=options))
-    before = first_kept_id(connection, options=options)
-    partitions = _batches(lambda _after: persist(lambda: prune_partition(connection, options=options)))
-    rows = _batches(lambda after: persist(lambda: prune_batch(connection, options=options, after=after, before=before)))
-    removed = 0
-    for batch in chain(partitions, rows):
-        removed += batch.messages
-        if batch.messages:
-            on_batch(removed)
-    return Pruned(removed, persist(lambda: prune_unordered(connection, options=options)))
+    run = _Run(options=options, on_batch=on_batch)
+    backoff = Backoff()
+    chance = random.Random()  # noqa: S311 -- jitter, no secret
+    while True:
+        try:
+            run.remove_messages(connection)
+            unordered = prune_unordered(connection, options=options)
+            return Pruned(run.messages, unordered=unordered, skipped=run.skipped)
+        except DatabaseConflict:
+            run.conflicts += 1
+            if run.conflicts == _ATTEMPTS:
+                raise
+        if run.conflicts == 1:
+            backoff.reset()
+        roll_back(connection)
+        time.sleep(backoff.next_pause(chance))
 
 
 def count_prunable(connection: Connection, *, options: PruneOptions, on_batch: Callable[[int], None]) -> int:
     """Count the messages that `prune` would remove; raise what it raises."""
-    found = after = 0
-    before = first_kept_id(connection, options=options)
-    while True:
-        batch = count_batch(connection, options=options, after=after, before=before)
+    options = replace(options, messages=options.most_messages)
+    before = first_kept_number(connection, options=options)
+    found = 0
+    after: dict[int, int] = {}
+    while not (batch := count_batch(connection, options=options, after=after, before=before)).is_last:
         found += batch.messages
-        after = batch.after
+        after |= batch.pruned
         on_batch(found)
-        if batch.is_last:
-            return found
+    return found
 
 
-def _persist(connection: Connection, work: Callable[[], _T]) -> _T:
-    """Do *work*, and do it again after a pause while a lock or a time-out rolls it back, `_ATTEMPTS` times in all."""
-    backoff = Backoff()
-    chance = random.Random()  # noqa: S311 -- jitter, no secret
-    for _ in range(_ATTEMPTS - 1):
-        with suppress(DatabaseConflict):
-            return work()
-        roll_back(connection)
-        time.sleep(backoff.next_pause(chance))
-    return work()
+class _Run:
+    """How far a run has come, whatever interrupted it."""
 
+    def __init__(self, *, options: PruneOptions, on_batch: Callable[[int], None]) -> None:
+        self.messages = 0
+        self.skipped = 0
+        self.conflicts = 0  # since the last batch
+        self._options = options
+        self._on_batch = on_batch
+        self._after: dict[int, int] = {}
 
-def _batches(prune_next: Callable[[int], PrunedBatch | None]) -> Iterator[PrunedBatch]:
-    """Prune batch after batch up to the last one, with as much time between two as they take."""
-    after = 0
-    while True:
+    def remove_messages(self, connection: Connection) -> None:
+        """Prune batch after batch up to the last one, with as much time between two as they take."""
         started = time.monotonic()
-        batch = prune_next(after)
-        if batch is None:
-            time.sleep(_BUSY_SECONDS)
-            continue
-        yield batch
-        if batch.is_last:
-            return
-        after = batch.after
-        time.sleep(time.monotonic() - started)
+        for batch in prune_all(connection, options=self._options, after=self._after, on_repair=self._note):
+            if batch is None:
+                time.sleep(_BUSY_SECONDS)
+            else:
+                self._count(batch)
+                time.sleep(time.monotonic() - started)
+            started = time.monotonic()
+
+    def _count(self, batch: PrunedBatch) -> None:
+        self._after |= batch.pruned
+        self.conflicts = 0
+        self.messages += batch.messages
+        if batch.messages:
+            self._on_batch(self.messages)
+
+    def _note(self, repair: Repair) -> None:
+        self.skipped += repair.messages

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from bisect import bisect_left
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from heapq import heappush, heappushpop
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from psycopg import ClientCursor
 
@@ -19,8 +17,7 @@ from outbox_relay.database import translated_errors
 from outbox_relay.errors import KafkaUnavailable, OperationRefused
 from outbox_relay.relay.failures import Scope, Unpublishable
 from outbox_relay.relay.message import Message
-from outbox_relay.relay.settle import decide
-from outbox_relay.sql import numbers, statement
+from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,22 +27,19 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
     from outbox_relay.operate.parked import Note
-    from outbox_relay.relay.failures import Failure
-    from outbox_relay.relay.message import Addressing, Record
+    from outbox_relay.relay.failures import Failure, Outcome
+    from outbox_relay.relay.message import Addressing, Key, Record
     from outbox_relay.relay.publish import Publisher
 
 LARGEST_NUMBER = 2**63 - 1
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
-# A writer draws the id of a message and right after it the number. So a message has at most as many before it by id
-# that follow it by number as there were other writers between their two draws: never more than max_connections.
-_MOST_WRITERS = 10_000
-_MARGIN_MESSAGES = 100_000  # that are inserted while one writer is between its two draws, at the very most
-_ROWS_LOOKED_AT = 5_000
+_MOST_NUMBERS = 5_000  # that one statement looks at
 _MOST_CHUNK_MESSAGES = 500
 _MOST_CHUNK_BYTES = 8 * 1024 * 1024
 _CHUNKS_PER_SECOND = 10
+_NO_CONTENTS = -1  # readable bytes: no message has so few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +68,7 @@ class Selection:
     to_topic: str | None = None
 
     def as_json(self) -> str:
-        """Give the text that tells this selection from others."""
+        """Return the text that tells this selection from others."""
         return json.dumps(asdict(self), default=str)
 
 
@@ -102,16 +96,6 @@ class ReplayOptions:
         return max(1, min(_MOST_CHUNK_MESSAGES, int(self.rate / _CHUNKS_PER_SECOND)))
 
 
-class Found(NamedTuple):
-    """A message to be replayed, without its payload; in the order of its number."""
-
-    sequence_no: int
-    id: int
-    aggregate_type: str
-    created_at: datetime
-    stored_bytes: int
-
-
 @dataclass(frozen=True, slots=True)
 class Progress:
     """
@@ -133,22 +117,20 @@ class Plan:
     What a replay will do, or what is left of one that was interrupted.
 
     Attributes:
-        published_before: What was published later is no part of it.
+        published_through: The newest mark of each shard when it began; what was published later is no part of it.
         progress: How far it came before; None if it has not begun.
         topics: How many messages go to each topic.
-        aggregate_types: Of the messages.
         first: The message with the lowest number; None if there is nothing to replay.
         last: The message with the highest number.
     """
 
     name: str
     selection: Selection
-    published_before: datetime
+    published_through: Sequence[int]
     progress: Progress | None
     topics: Mapping[str, int]
-    aggregate_types: Sequence[str]
-    first: Found | None
-    last: Found | None
+    first: Message | None
+    last: Message | None
 
     @property
     def messages(self) -> int:
@@ -164,7 +146,7 @@ class Pace:
     next_at: float = 0.0
 
     def pause_before(self, messages: int, *, now: float) -> float:
-        """Give the seconds to wait before the next *messages*, so that those before them have had their time."""
+        """Return the seconds to wait before the next *messages*, so that those before them have had their time."""
         start = max(now, self.next_at)
         self.next_at = start + messages / self.rate
         return start - now
@@ -190,32 +172,24 @@ def plan_replay(
         SchemaMismatch: The migrations are not applied, or the role lacks `outbox_operator`.
     """
     outbox = _Outbox(connection, options)
-    published_before, progress = outbox.begun(name, selection)
-    after_no = progress.reached_no if progress else 0
-    counts: Counter[str] = Counter()
-    firsts: dict[str, Found] = {}
-    lasts: dict[str, Found] = {}
-    for found in outbox.find(
-        selection,
-        published_before=published_before,
-        after_no=after_no,
-        aggregate_types=selection.aggregate_types or None,
-    ):
-        aggregate_type = found.aggregate_type
-        counts[aggregate_type] += 1
-        firsts[aggregate_type] = min(found, firsts.get(aggregate_type, found))
-        lasts[aggregate_type] = max(found, lasts.get(aggregate_type, found))
-    types = [each for each in counts if not selection.topics or _topic(each, addressing) in selection.topics]
-    return Plan(
+    published_through, progress = outbox.begun(name, selection)
+    plan = Plan(
         name=name,
         selection=selection,
-        published_before=published_before,
+        published_through=published_through,
         progress=progress,
-        topics=_topics(counts, types, addressing=_readdressed(addressing, selection=selection, name=name)),
-        aggregate_types=types,
-        first=min((firsts[each] for each in types), default=None),
-        last=max((lasts[each] for each in types), default=None),
+        topics={},
+        first=None,
+        last=None,
     )
+    readdressed = _readdressed(addressing, plan=plan)
+    topics: Counter[str] = Counter()
+    first = last = None
+    for messages in outbox.read(plan, most=_MOST_NUMBERS, readable_bytes=_NO_CONTENTS):
+        for message in _published_to(selection.topics, messages, addressing=addressing):
+            topics[_topic(message, addressing=readdressed)] += 1
+            first, last = first or message, message
+    return replace(plan, topics=topics, first=first, last=last)
 
 
 def publish_again(
@@ -230,15 +204,15 @@ def publish_again(
     on_progress: Callable[[Progress], None],
 ) -> Progress:
     """
-    Publish what *plan* found, in sequence order, and give how far it came.
+    Publish what *plan* found, in sequence order, and return how far it came.
 
-    The records are those of the first time, with one header more: `replay`. No row is locked or changed, and no
-    transaction is open while Kafka answers. Whatever ends it early, a replay planned with the same name goes on behind
-    what was recorded; the last few messages may be published twice under that name.
+    The records are those of the first time, with one header more: `replay`. No row of the outbox is locked or changed,
+    and no transaction is open while Kafka answers. Whatever ends it early, a replay planned with the same name goes on
+    behind what was recorded; the last few messages may be published twice under that name.
 
     Args:
-        pause: Waits for so many seconds; True ends the replay, which is recorded.
-        on_progress: Is told after every few messages.
+        pause: Waits for so many seconds and returns True if the replay is to end, which is recorded.
+        on_progress: Is called after every few messages.
 
     Raises:
         OperationRefused: The name has been taken since, or Kafka refuses a message or a topic.
@@ -247,48 +221,44 @@ def publish_again(
         DatabaseConflict: A lock or a time-out ended a look.
     """
     outbox = _Outbox(connection, options)
-    sender = _Sender(publisher, _readdressed(addressing, selection=plan.selection, name=plan.name))
+    sender = _Sender(publisher, _readdressed(addressing, plan=plan))
     sender.check(plan.topics)
     if plan.progress is None:
         outbox.record(plan, note)
     progress = plan.progress or Progress()
     pace = Pace(options.rate)
-    for chunk in chunks(in_order(outbox.find_planned(plan)), messages=options.chunk_messages):
-        if pause(pace.pause_before(len(chunk), now=time.monotonic())):
+    for found in outbox.read(plan, most=options.chunk_messages, readable_bytes=addressing.readable_bytes):
+        messages = _published_to(plan.selection.topics, found, addressing=addressing)
+        if pause(pace.pause_before(len(messages), now=time.monotonic())):
             return progress
-        messages = outbox.read(chunk, readable_bytes=addressing.readable_bytes)
-        sender.send(messages, deadline=time.monotonic() + options.publish_deadline)
-        progress = Progress(progress.messages + len(messages), chunk[-1].sequence_no)
-        outbox.advance(plan.name, progress)
-        on_progress(progress)
+        if messages:
+            sender.send(messages, deadline=time.monotonic() + options.publish_deadline)
+            progress = Progress(progress.messages + len(messages), messages[-1].sequence_no)
+            outbox.advance(plan.name, progress)
+            on_progress(progress)
     progress = replace(progress, is_finished=True)
     outbox.advance(plan.name, progress)
     return progress
 
 
-def in_order(found: Iterable[Found], *, most_ahead: int = _MOST_WRITERS) -> Iterator[Found]:
-    """Give *found* in sequence order; before each of them come at most *most_ahead* that belong behind it."""
-    waiting: list[Found] = []
-    for each in found:
-        if len(waiting) < most_ahead:
-            heappush(waiting, each)
-        else:
-            yield heappushpop(waiting, each)
-    yield from sorted(waiting)
+def readable(messages: Sequence[Message], *, readable_bytes: int) -> Sequence[Message]:
+    """Return *messages* up to the first one that came without its contents although it is small enough."""
+    for index, message in enumerate(messages):
+        if message.headers is None and message.stored_bytes <= readable_bytes:
+            return messages[:index]
+    return messages
 
 
-def chunks(found: Iterable[Found], *, messages: int, stored_bytes: int = _MOST_CHUNK_BYTES) -> Iterator[list[Found]]:
-    """Divide *found* into lists of at most so many messages and bytes; one message is always taken."""
-    chunk: list[Found] = []
-    size = 0
-    for each in found:
-        if chunk and (len(chunk) == messages or size + each.stored_bytes > stored_bytes):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(each)
-        size += each.stored_bytes
-    if chunk:
-        yield chunk
+def unacknowledged(messages: Sequence[Message], outcomes: Sequence[Outcome]) -> list[Message]:
+    """Return the messages of each key from the first one on that was not acknowledged."""
+    open_keys: set[Key] = set()
+    rest: list[Message] = []
+    for message, outcome in zip(messages, outcomes, strict=True):
+        if outcome is not None:
+            open_keys.add(message.key)
+        if message.key in open_keys:
+            rest.append(message)
+    return rest
 
 
 class _Sender:
@@ -308,21 +278,21 @@ class _Sender:
         """
         Publish *messages* in their order.
 
-        A broker refuses a batch for one message of it: the others are sent again, of each key from the first one on
-        that was not acknowledged.
+        A broker that refuses a batch for one message withdraws the others. They are sent again, and with them the later
+        ones of their keys that it acknowledged.
         """
         while messages:
             outcomes = self._publisher.publish([self._record(message) for message in messages], deadline=deadline)
             for message, failure in zip(messages, outcomes, strict=True):
                 if failure is not None and (failure.scope is not Scope.BATCH or time.monotonic() >= deadline):
                     raise _stopped(message, failure)
-            messages = decide(messages, outcomes, on_poison="park").unsettled
+            messages = unacknowledged(messages, outcomes)
 
     def _record(self, message: Message) -> Record:
         try:
             return self._addressing.record(message, topic=self._addressing.topic(message.aggregate_type))
         except Unpublishable as error:
-            raise OperationRefused(f"message {message.id} cannot be published: {error}") from error
+            raise OperationRefused(f"message {message.sequence_no} cannot be published: {error}") from error
 
 
 class _Outbox:
@@ -332,68 +302,53 @@ class _Outbox:
         self._connection = connection
         self._options = options
 
-    def begun(self, name: str, selection: Selection) -> tuple[datetime, Progress | None]:
-        """Give since when a replay counts nothing more as published, and how far it came if it has begun before."""
+    def begun(self, name: str, selection: Selection) -> tuple[Sequence[int], Progress | None]:
+        """Return the newest mark of each shard when the replay began, and how far it came if it has begun before."""
         with self._transaction():
             rows = self._rows("begun", {"name": name, "selection": selection.as_json()})
-            [(_, _, now)] = self._rows("span", {})
-        if not rows:
-            return now, None
-        [(is_same, published_before, messages, reached_no, finished_at)] = rows
+            if not rows:
+                [(published_through,)] = self._rows("marks", _keys(selection))
+                return published_through, None
+        [(is_same, published_through, messages, reached_no, finished_at)] = rows
         if not is_same:
             raise OperationRefused(
                 f"replay {name} has another selection: repeat that one to go on, or use a new --name"
             )
         if finished_at is not None:
-            raise OperationRefused(f"replay {name} was finished at {finished_at:%Y-%m-%d %H:%M:%S%z}: use a new --name")
-        return published_before, Progress(messages, reached_no)
+            raise OperationRefused(f"replay {name} was finished at {finished_at}: use a new --name")
+        return published_through, Progress(messages, reached_no)
 
-    def find_planned(self, plan: Plan) -> Iterator[Found]:
-        """Find what was found for *plan*."""
-        return self.find(
-            plan.selection,
-            published_before=plan.published_before,
-            after_no=plan.progress.reached_no if plan.progress else 0,
-            aggregate_types=plan.aggregate_types,
-        )
+    def read(self, plan: Plan, *, most: int, readable_bytes: int) -> Iterator[Sequence[Message]]:
+        """
+        Return what is left of *plan*, in sequence order and in lists of at most *most* messages, some of them empty.
 
-    def find(
-        self,
-        selection: Selection,
-        *,
-        published_before: datetime,
-        after_no: int,
-        aggregate_types: Sequence[str] | None,
-    ) -> Iterator[Found]:
-        """Walk the primary key, as far as the numbers reach, and give what is to be replayed in the order of ids."""
-        first_no = max(selection.first_no, after_no + 1)
-        after, last = self._ids(first_no, selection.last_no)
-        parameters = {
-            "rows": _ROWS_LOOKED_AT,
-            "last": last,
-            "published_before": published_before,
-            "first_no": first_no,
+        A message that takes more than *readable_bytes* comes without its contents. Where nothing is found, the next
+        statement looks at twice as many numbers.
+        """
+        selection = plan.selection
+        parameters = _keys(selection) | {
+            "batch_size": most,
+            "batch_bytes": _MOST_CHUNK_BYTES,
+            "readable_bytes": readable_bytes,
+            "published_through": plan.published_through,
             "last_no": selection.last_no,
             "since": selection.since,
             "until": selection.until,
-            "aggregate_types": None if aggregate_types is None else list(aggregate_types),
-            "key_types": [aggregate_type for aggregate_type, _ in selection.keys] or None,
-            "key_ids": [aggregate_id for _, aggregate_id in selection.keys] or None,
+            "types": list(selection.aggregate_types) or None,
         }
+        after_no = max(selection.first_no - 1, plan.progress.reached_no if plan.progress else 0)
+        numbers = most
         while True:
             with self._transaction():
-                rows = self._rows("find", parameters | {"after": after})
-            through = rows[0][0]
-            if through is None:
+                rows = self._rows("read", parameters | {"after_no": after_no, "numbers": numbers})
+            through_no = rows[0][0]
+            if through_no is None:
                 return
-            yield from (Found._make(row[1:]) for row in rows if row[1] is not None)
-            after = through
-
-    def read(self, found: Sequence[Found], *, readable_bytes: int) -> list[Message]:
-        """Give the messages whole, less those that were pruned since they were found."""
-        parameters = {"ids": numbers(each.id for each in found), "readable_bytes": readable_bytes}
-        with self._transaction():
-            return [Message._make(row) for row in self._rows("read", parameters)]
+            found = [Message._make(row[1:]) for row in rows if row[1] is not None]
+            messages = readable(found, readable_bytes=readable_bytes)
+            yield messages
+            after_no = messages[-1].sequence_no if messages else through_no
+            numbers = most if messages else min(2 * numbers, _MOST_NUMBERS)
 
     def record(self, plan: Plan, note: Note) -> None:
         """Record that *plan* begins; raise OperationRefused if another one has taken its name meanwhile."""
@@ -402,36 +357,17 @@ class _Outbox:
             "operator": note.operator,
             "why": note.why,
             "selection": plan.selection.as_json(),
-            "published_before": plan.published_before,
+            "published_through": plan.published_through,
         }
         with self._transaction():
-            rows = self._rows("record", parameters)
-        if not rows:
+            is_taken = self._write("record", parameters).fetchone() is None
+        if is_taken:
             raise OperationRefused(f"replay {plan.name} has just been begun by somebody else: use a new --name")
 
     def advance(self, name: str, progress: Progress) -> None:
         """Record how far the replay has come."""
-        parameters = {"name": name, **asdict(progress)}
         with self._transaction():
-            text = statement("replay_advance", schema=self._options.schema)
-            ClientCursor(self._connection).execute(text, parameters)
-
-    def _ids(self, first_no: int, last_no: int) -> tuple[int, int]:
-        """Give the id behind which, and the one up to which, the messages with these numbers are."""
-        with self._transaction():
-            [(lowest, highest, _)] = self._rows("span", {})
-        ids = range(lowest, highest + 1)
-        first = lowest + bisect_left(ids, first_no, key=self._number_from) if first_no > 1 else lowest
-        last = lowest + bisect_left(ids, last_no, key=self._number_from) if last_no < LARGEST_NUMBER else highest
-        parameters = {"first": first, "last": last, "lowest": lowest, "highest": highest, "rows": _MARGIN_MESSAGES}
-        with self._transaction():
-            [(after, through)] = self._rows("around", parameters)
-        return after, through
-
-    def _number_from(self, lowest_id: int) -> int:
-        with translated_errors():
-            rows = self._rows("number", {"id": lowest_id})
-        return int(rows[0][0]) if rows else LARGEST_NUMBER  # pruned meanwhile
+            self._write("advance", {"name": name, **asdict(progress)})
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -443,6 +379,11 @@ class _Outbox:
     def _rows(self, name: str, parameters: Mapping[str, object]) -> list[TupleRow]:
         return self._connection.execute(statement(f"replay_{name}", schema=self._options.schema), parameters).fetchall()
 
+    def _write(self, name: str, parameters: Mapping[str, object]) -> ClientCursor[TupleRow]:
+        return ClientCursor(self._connection).execute(
+            statement(f"replay_{name}", schema=self._options.schema), parameters
+        )
+
 
 @lru_cache
 def _begin_statement(options: ReplayOptions) -> bytes:
@@ -453,31 +394,40 @@ def _begin_statement(options: ReplayOptions) -> bytes:
     }
 
 
-def _readdressed(addressing: Addressing, *, selection: Selection, name: str) -> Addressing:
-    """Give *addressing* with the name of the replay, and with the one topic for everything if there is one."""
-    if selection.to_topic is not None:
-        addressing = replace(addressing, template=selection.to_topic, topics={})
-    return replace(addressing, replay=name)
+def _keys(selection: Selection) -> dict[str, object]:
+    return {
+        "key_types": [aggregate_type for aggregate_type, _ in selection.keys] or None,
+        "key_ids": [aggregate_id for _, aggregate_id in selection.keys] or None,
+    }
 
 
-def _topics(counts: Mapping[str, int], types: Iterable[str], *, addressing: Addressing) -> Counter[str]:
-    topics: Counter[str] = Counter()
-    for aggregate_type in types:
-        try:
-            topics[addressing.topic(aggregate_type)] += counts[aggregate_type]
-        except Unpublishable as error:
-            raise OperationRefused(str(error)) from error
-    return topics
+def _readdressed(addressing: Addressing, *, plan: Plan) -> Addressing:
+    """Return *addressing* with the name of the replay, and with the one topic for everything if there is one."""
+    if plan.selection.to_topic is not None:
+        addressing = replace(addressing, template=plan.selection.to_topic, topics={})
+    return replace(addressing, replay=plan.name)
 
 
-def _topic(aggregate_type: str, addressing: Addressing) -> str | None:
+def _published_to(topics: Sequence[str], messages: Sequence[Message], *, addressing: Addressing) -> Sequence[Message]:
+    """Return those of *messages* that were published to one of *topics*, by today's settings; no topics are all."""
+    if not topics:
+        return messages
+    chosen = []
+    for message in messages:
+        with suppress(Unpublishable):
+            if addressing.topic(message.aggregate_type) in topics:
+                chosen.append(message)
+    return chosen
+
+
+def _topic(message: Message, *, addressing: Addressing) -> str:
     try:
-        return addressing.topic(aggregate_type)
-    except Unpublishable:
-        return None
+        return addressing.topic(message.aggregate_type)
+    except Unpublishable as error:
+        raise OperationRefused(str(error)) from error
 
 
 def _stopped(message: Message, failure: Failure) -> OperationRefused | KafkaUnavailable:
-    said = f"message {message.id} was not acknowledged: {failure.text}"
+    said = f"message {message.sequence_no} was not acknowledged: {failure.text}"
     is_refused = failure.scope in {Scope.MESSAGE, Scope.TOPIC}
     return OperationRefused(said) if is_refused else KafkaUnavailable(said)

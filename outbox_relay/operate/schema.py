@@ -1,4 +1,4 @@
-"""Say at start whether the database has the tables, columns and privileges that the relay needs."""
+"""Say at start whether the database has the tables, columns and privileges that the relay needs, as it needs them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from outbox_relay.database import translated_errors
 from outbox_relay.errors import SchemaMismatch
 from outbox_relay.operate import migrate
+from outbox_relay.relay.horizon import check_tables
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
     from psycopg import Connection
+    from psycopg.rows import TupleRow
 
 
 def check_schema(conn: Connection, *, schema: str) -> str | None:
@@ -21,11 +23,18 @@ def check_schema(conn: Connection, *, schema: str) -> str | None:
     after the database. Without a record of migrations (another tool applied them) the catalog alone decides.
 
     Raises:
-        SchemaMismatch: Something is missing; the message has the command or the GRANT that mends it.
+        SchemaMismatch: Something is missing, or was changed so that messages would be missed; the message has the
+            command or the SQL that mends it.
         DatabaseUnavailable: The connection broke.
     """
-    with translated_errors(), conn.transaction():
-        missing = conn.execute(statement("list_missing", schema=schema), {"schema": schema}).fetchall()
+    _check_catalog(conn, schema=schema)
+    check_tables(conn, schema=schema)
+    warnings = [_compare_versions(conn, schema=schema, line=line) for line in _lines(conn, schema=schema)]
+    return "; ".join(filter(None, warnings)) or None
+
+
+def _check_catalog(conn: Connection, *, schema: str) -> None:
+    missing = _rows(conn, "list_missing", schema=schema)
     absent = sorted({name for name, _ in missing if name is not None})
     if absent:
         raise SchemaMismatch(
@@ -37,14 +46,16 @@ def check_schema(conn: Connection, *, schema: str) -> str | None:
             f"role {conn.info.user!r} lacks privileges that `GRANT outbox_relay TO {conn.info.user}` gives, or: "
             + "; ".join(remedy for _, remedy in missing)
         )
-    warnings = [_compare_versions(conn, schema=schema, line=line) for line in _lines(conn, schema=schema)]
-    return "; ".join(filter(None, warnings)) or None
+
+
+def _rows(conn: Connection, name: str, *, schema: str) -> list[TupleRow]:
+    with translated_errors(), conn.transaction():
+        return conn.execute(statement(name, schema=schema), {"schema": schema}).fetchall()
 
 
 def _lines(conn: Connection, *, schema: str) -> list[str]:
-    """Give the lines of migrations that *schema* has; one that is on its way to partitions works as it did before."""
-    with translated_errors(), conn.transaction():
-        [(is_partitioned,)] = conn.execute(statement("partition_exists", schema=schema)).fetchall()
+    """Return the lines of migrations that *schema* has; one that is on its way to partitions works as it did before."""
+    [(is_partitioned,)] = _rows(conn, "partition_exists", schema=schema)
     return ["outbox", "partitioned"] if is_partitioned else ["outbox"]
 
 

@@ -1,7 +1,7 @@
 """
 Canary: a message of the relay's own from time to time, to measure the way from the database to Kafka and back.
 
-It takes the way of every message: the writer's statement, the horizon, a claim, Kafka's acknowledgement, the mark.
+It takes the way of every message: the insert, the horizon, a lane's read, Kafka's acknowledgement, the mark.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from psycopg import ClientCursor
+
 from outbox_relay.database import translated_errors
-from outbox_relay.errors import ConfigurationError
+from outbox_relay.errors import ConfigurationError, SchemaMismatch
 from outbox_relay.relay.session import repeat_until_stopped
 from outbox_relay.sql import statement
-from outbox_relay.writer.message import Message
-from outbox_relay.writer.outbox import Outbox
 
 if TYPE_CHECKING:
     import threading
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from outbox_relay.observe.telemetry import Telemetry
 
 AGGREGATE_TYPE = "outbox-relay-canary"
-_KEY = "canary"
-_PARAMETERS = {"aggregate_type": AGGREGATE_TYPE, "aggregate_id": _KEY}
+_PARAMETERS = {"aggregate_type": AGGREGATE_TYPE, "aggregate_id": "canary"}
 
 _MOST_SEARCHED = 1_000
 _LEAST_PAUSE_SECONDS = 0.01
@@ -69,14 +68,14 @@ def check_canary(connection: Connection, *, schema: str) -> None:
 
 def write_canary(connection: Connection, *, options: CanaryOptions) -> int | None:
     """
-    Write a canary and give its id; None while there is another one, of whatever relay, or one is being written.
+    Write a canary and return its number; None while there is another one, of whatever relay, or one is being written.
 
     *connection* is in autocommit mode; the canary is a transaction of its own.
 
     Raises:
         DatabaseUnavailable: The connection broke; the canary may have been written.
         DatabaseConflict: A lock or a time-out rolled it back.
-        SchemaMismatch: This role may not write messages any more.
+        SchemaMismatch: This role may not write messages any more, or a trigger has dropped this one.
     """
     begin = statement("canary_begin", schema=options.schema) % {b"timeout_ms": round(options.timeout * 1000)}
     with translated_errors():
@@ -85,20 +84,33 @@ def write_canary(connection: Connection, *, options: CanaryOptions) -> int | Non
         if not is_alone or _is_under_way(connection, schema=options.schema):
             connection.rollback()
             return None
-        Outbox(schema=options.schema).write(
-            connection, Message(aggregate_type=AGGREGATE_TYPE, aggregate_id=_KEY, event_type="sent")
-        )
-        [(canary_id,)] = connection.execute(statement("canary_written", schema=options.schema), _PARAMETERS).fetchall()
-        connection.commit()
-    return int(canary_id)
+        write = statement("canary_write", schema=options.schema)
+        row = ClientCursor(connection).execute(write, _PARAMETERS).fetchone()
+    if row is None:
+        raise SchemaMismatch("a trigger of the table outbox drops the canary: outbox-relay doctor names it")
+    return int(row[0])
 
 
-def read_canary(connection: Connection, canary_id: int, *, schema: str) -> tuple[bool, float | None]:
-    """Tell whether the canary has arrived, and the seconds from its insert to its mark if that was not a deletion."""
+@dataclass(frozen=True, slots=True)
+class CanaryState:
+    """
+    What has become of a canary.
+
+    Attributes:
+        state: As `outbox_message` has it; None when the message was deleted.
+        seconds: From its insert to the mark that passed it; None unless it is published.
+    """
+
+    state: str | None
+    seconds: float | None
+
+
+def read_canary(connection: Connection, number: int, *, schema: str) -> CanaryState:
+    """Look what has become of the canary with this *number*."""
     with translated_errors():
-        rows = connection.execute(statement("canary_read", schema=schema), {"id": canary_id}).fetchall()
-    seconds = rows[0][0] if rows else None
-    return not rows or seconds is not None, seconds
+        parameters = {**_PARAMETERS, "sequence_no": number}
+        row = connection.execute(statement("canary_read", schema=schema), parameters).fetchone()
+    return CanaryState(*row or (None, None))
 
 
 class Canary:
@@ -120,8 +132,9 @@ class Canary:
         self._connect = connect
         self._telemetry = telemetry
         self._stop = stop
-        self._canary_id: int | None = None
+        self._number: int | None = None
         self._written_at = 0.0
+        self._was_set_aside = False
 
     def run(self) -> None:
         """Send one canary after the other until stopped."""
@@ -142,22 +155,28 @@ class Canary:
             self._stop.wait(self._options.interval)
 
     def _write(self, connection: Connection) -> None:
-        if self._canary_id is None:
-            self._canary_id = write_canary(connection, options=self._options)
+        if self._number is None:
+            self._number = write_canary(connection, options=self._options)
             self._written_at = time.monotonic()
-        if self._canary_id is not None:
+            self._was_set_aside = False
+        if self._number is not None:
             self._telemetry.canary_written(at=self._written_at)
 
     def _await_mark(self, connection: Connection) -> None:
         """Look again and again, after pauses of a tenth of the time that has passed."""
-        while self._canary_id is not None and not self._stop.is_set():
-            has_arrived, seconds = read_canary(connection, self._canary_id, schema=self._options.schema)
+        while self._number is not None and not self._stop.is_set():
+            found = read_canary(connection, self._number, schema=self._options.schema)
             passed = time.monotonic() - self._written_at
-            if has_arrived:
-                self._canary_id = None
-                self._telemetry.canary_arrived(passed if seconds is None else seconds)
+            if found.state in {"published", None}:
+                self._number = None
+                self._telemetry.canary_arrived(self._seconds(found, passed=passed))
             else:
+                self._was_set_aside |= found.state in {"waiting", "parked"}
                 self._stop.wait(min(max(passed / 10, _LEAST_PAUSE_SECONDS), _MOST_PAUSE_SECONDS))
+
+    def _seconds(self, found: CanaryState, *, passed: float) -> float:
+        """Return how long a canary took: a mark tells it, unless it passed the canary before it was in Kafka."""
+        return passed if found.seconds is None or self._was_set_aside else found.seconds
 
 
 def _is_under_way(connection: Connection, *, schema: str) -> bool:

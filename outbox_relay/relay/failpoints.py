@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Final, Literal, ParamSpec, cast, get_args
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-Point = Literal["before_claim", "after_claim", "after_produce", "after_report", "before_settle", "after_commit"]
+Point = Literal[
+    "before_claim",
+    "after_claim",
+    "after_read",
+    "after_produce",
+    "after_report",
+    "before_settle",
+    "before_record",
+    "after_commit",
+]
 Action = Literal["kill", "stop", "raise", "sleep"]
 
 _ENTRY = re.compile(

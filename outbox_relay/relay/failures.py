@@ -18,6 +18,14 @@ _MOST_QUOTED = 300
 class Unpublishable(OutboxRelayError):
     """Kafka could never accept this message as it is; the text is the reason that an operator reads."""
 
+    code = "unpublishable"
+
+
+class TooLarge(Unpublishable):
+    """The message is larger than anything that Kafka accepts, under the code that Kafka has for it."""
+
+    code = "MSG_SIZE_TOO_LARGE"
+
 
 def quoted(text: str) -> str:
     """Give *text* of a message as an operator reads it: in quotes, on one line, and not without end."""
@@ -59,7 +67,10 @@ Outcome = Failure | None
 
 NO_REPORT = Failure(Scope.CONNECTION, "no_report", "Kafka did not answer before the publish deadline")
 WITHDRAWN = Failure(Scope.BATCH, "withdrawn", "withdrawn because a message before it was refused")
+BEHIND_WAITING = Failure(Scope.TOPIC, "behind_waiting", "an earlier message of the key waits")
 BEHIND_PARKED = Failure(Scope.MESSAGE, "behind_parked", "an earlier message of the key is parked")
+TOPIC_HELD = Failure(Scope.TOPIC, "topic_held", "its topic cannot be written to now")
+HELD_BACK = frozenset({BEHIND_WAITING, BEHIND_PARKED, TOPIC_HELD})
 
 # By librdkafka's names of error codes, which are the protocol's for what a broker says and begin with an underscore for
 # what the client found. Its own "retriable" flag is false in every delivery report, hence this table. Whatever is not

@@ -10,15 +10,16 @@ A number is drawn before its transaction commits, so a lower number can become v
 4. A transaction that runs for longer than the patience is looked up in pg_locks, where only those matter that hold a
    writer's lock on the outbox: an ETL job elsewhere costs a look, not a stall.
 5. A writer that stays open beyond the ordering timeout is given up on. It is recorded first; then its numbers no
-   longer hold up the horizon, and its messages carry the header "unordered" when they come.
+   longer hold up the horizon. Its messages come through outbox_pending, with the header "unordered".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from outbox_relay.database import translated_errors
+from outbox_relay.errors import SchemaMismatch
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -30,6 +31,24 @@ _XID_CYCLE = 2**32
 _MOST_CANDIDATES = 8  # while one waits, newer numbers gain little from candidates of their own
 
 
+class Epoch(NamedTuple):
+    """
+    What numbers belong to: a start of a server, and the file of the sequence, which a restart of the sequence renews.
+
+    Numbers of two epochs must not be compared: the same number may name two messages.
+    """
+
+    server_started_at: float
+    sequence_file: int
+
+
+class LastNumber(NamedTuple):
+    """The highest number drawn so far, committed or not, and its epoch."""
+
+    number: int
+    epoch: Epoch
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """
@@ -38,10 +57,12 @@ class Observation:
     Attributes:
         last_no: Highest number drawn so far.
         running: Full transaction ids (xid8) that ran after `last_no` was read, without the relays'.
+        epoch: What the number belongs to.
     """
 
     last_no: int
     running: frozenset[int]
+    epoch: Epoch | None = None
 
 
 @dataclass(slots=True)
@@ -61,7 +82,7 @@ class Horizon:
     Attributes:
         ordering_timeout: Seconds after which a writer is given up on.
         patience: Seconds after which it is worth a look who the awaited transactions are.
-        through: No number up to this one can still appear, except from `given_up` transactions.
+        through: No message with this number or a lower one can still appear, except those of `given_up` writers.
         given_up: Writers that are no longer waited for and were still running at the last observation.
         late_writers_ended: How many of them have ended: their messages are there now, below the horizon.
     """
@@ -81,7 +102,7 @@ class Horizon:
 
         A last number below one that was seen before means a restored database or a restarted sequence: start anew.
         """
-        if seen.last_no < self._newest():
+        if seen.last_no < self.newest_no:
             self.reset()
         ended = self.given_up - seen.running
         self.late_writers_ended += len(ended)
@@ -89,7 +110,7 @@ class Horizon:
         self._bystanders &= seen.running
         for candidate in self.candidates:
             candidate.awaited &= seen.running
-        if seen.last_no > self._newest() and len(self.candidates) < _MOST_CANDIDATES:
+        if seen.last_no > self.newest_no and len(self.candidates) < _MOST_CANDIDATES:
             self.candidates.append(Candidate(seen.last_no, now, set(seen.running - self.given_up)))
         self._advance()
 
@@ -147,7 +168,9 @@ class Horizon:
         self.given_up.clear()
         self._bystanders.clear()
 
-    def _newest(self) -> int:
+    @property
+    def newest_no(self) -> int:
+        """The highest number that was observed so far."""
         return self.candidates[-1].number if self.candidates else self.through
 
     def _advance(self) -> None:
@@ -155,17 +178,32 @@ class Horizon:
             self.through = self.candidates.pop(0).number
 
 
-def read_last_no(connection: Connection, *, schema: str) -> int:
+def read_last_number(connection: Connection, *, schema: str) -> LastNumber:
     """
-    Give the last number drawn; one cheap round trip that touches no table.
+    Return the last number drawn; one cheap round trip that touches no table.
 
     Raises:
         DatabaseUnavailable: The connection broke.
         SchemaMismatch: There is no outbox in *schema*, or this role may not read its sequence.
     """
     with translated_errors():
-        row = connection.execute(statement("last_number", schema=schema), prepare=True).fetchone()
-    return int(row[0]) if row else 0
+        [(number, *epoch)] = connection.execute(statement("last_number", schema=schema), prepare=True).fetchall()
+    return LastNumber(number, Epoch(*epoch))
+
+
+def check_tables(connection: Connection, *, schema: str) -> None:
+    """
+    Return normally when a relay can trust the tables: nothing is hidden, and no message appears below the marks.
+
+    Raises:
+        SchemaMismatch: It cannot; the message has the SQL that mends it.
+        DatabaseUnavailable: The connection broke.
+    """
+    for name in ("list_defects", "list_disagreements"):  # the second reads tables, which the first finds readable
+        with translated_errors():
+            problems = connection.execute(statement(name, schema=schema), {"schema": schema}).fetchall()
+        if problems:
+            raise SchemaMismatch("; ".join(f"{problem} -- {remedy}" for problem, remedy in problems))
 
 
 def observe(connection: Connection, *, schema: str) -> Observation:
@@ -181,10 +219,10 @@ def observe(connection: Connection, *, schema: str) -> Observation:
     with translated_errors():
         cursor = connection.execute(statement("observe_horizon", schema=schema))
         cursor.nextset()
-        [(last_no,)] = cursor.fetchall()
+        [(last_no, *epoch)] = cursor.fetchall()
         cursor.nextset()
         [(snapshot, next_xid, relay_xids)] = cursor.fetchall()
-    return Observation(last_no, _running(snapshot, next_xid=next_xid, relay_xids=relay_xids or ""))
+    return Observation(last_no, _running(snapshot, next_xid=next_xid, relay_xids=relay_xids or ""), Epoch(*epoch))
 
 
 def _running(snapshot: str, *, next_xid: int, relay_xids: str) -> frozenset[int]:
@@ -240,8 +278,8 @@ def record_unordered(connection: Connection, *, schema: str, xids: Collection[in
     """
     Record, durably, that messages of these transactions will have been overtaken.
 
-    This comes before anything overtakes them. After a crash in between, another relay would otherwise publish such a
-    message without the header "unordered", and a consumer that dedups by sequence would take it for a duplicate.
+    This comes before anything overtakes them. After a crash in between, another relay would otherwise move its marks
+    past messages that are not visible yet, and nobody would ever look for them.
     """
     wanted = {"xids": [str(xid) for xid in xids]}
     with translated_errors(), connection.transaction():

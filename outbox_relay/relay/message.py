@@ -1,4 +1,4 @@
-"""A claimed message, and the Kafka record it becomes."""
+"""A message of the outbox, and the Kafka record it becomes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from outbox_relay.errors import ConfigurationError
 from outbox_relay.relay.envelope import cloudevent_headers, is_uri_reference, native_headers, own_headers
-from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope, Unpublishable, quoted
+from outbox_relay.relay.failures import (
+    TOPIC_HELD,
+    WITHDRAWN,
+    Failure,
+    Scope,
+    TooLarge,
+    Unpublishable,
+    quoted,
+)
 from outbox_relay.wire import CLOUDEVENTS, NATIVE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from outbox_relay.relay.envelope import Envelope, Header
     from outbox_relay.relay.failures import Outcome
@@ -30,14 +38,14 @@ _BYTES: Header = ("content-type", "application/octet-stream")
 
 class Message(NamedTuple):
     """
-    One row of the outbox as the claim returns it; a named tuple because hundreds of thousands are made a second.
+    One row of the outbox as a lane reads it; a named tuple because a hundred thousand are made a second.
 
-    `payload` is the text of the jsonb column, never parsed again; `headers` is the text of a JSON object;
-    `stored_bytes` is what payload and headers take, in the table or as text. A message of more than the claim's
-    `readable_bytes` comes without them.
+    `payload` is the text of the jsonb column, never parsed again. `headers` is the text of a JSON object.
+    `stored_bytes` is what payload and headers take, in the table or as text; a message that takes more than
+    `readable_bytes` comes without them. `is_behind_parked` and `is_behind_waiting` say that an earlier message of its
+    key is in outbox_pending.
     """
 
-    id: int
     sequence_no: int
     shard: int
     message_id: str
@@ -51,6 +59,7 @@ class Message(NamedTuple):
     stored_bytes: int
     is_unordered: bool
     is_behind_parked: bool
+    is_behind_waiting: bool
 
     @property
     def key(self) -> Key:
@@ -81,7 +90,6 @@ class Addressing:
         envelope: How the headers say what a message is.
         replay: Name of the replay that the messages are part of; empty, they are published for the first time.
         readable_bytes: Messages that take more bytes than this come without their contents and cannot be sent.
-        is_ordered: False adds the header `unordered` to every message: numbers say nothing about order then.
 
     Raises:
         ConfigurationError: The source is none that a CloudEvent may have.
@@ -94,7 +102,6 @@ class Addressing:
     envelope: Envelope = "native"
     replay: str = ""
     readable_bytes: int = 8_000_000
-    is_ordered: bool = True
 
     def __post_init__(self) -> None:
         if self.envelope == "cloudevents" and not is_uri_reference(self.source):
@@ -130,7 +137,7 @@ class Addressing:
             Unpublishable: A header, the size or the time stamp is none that Kafka accepts.
         """
         if message.headers is None:
-            raise Unpublishable(
+            raise TooLarge(
                 f"the message takes {message.stored_bytes:,} bytes, or more once its numbers are written out: shrink it"
                 " or send a reference"
             )
@@ -147,7 +154,7 @@ class Addressing:
             value, content_type = message.payload_bytes, _BYTES
         if value is not None and "content-type" not in own:
             headers.append(content_type)
-        if message.is_unordered or not self.is_ordered:
+        if message.is_unordered:
             headers.append((names.unordered, "1"))
         if self.replay:
             headers.append((names.replay, self.replay))
@@ -176,19 +183,33 @@ class Prepared:
     outcomes: list[Outcome]
 
 
-def prepare(messages: Sequence[Message], *, addressing: Addressing, on_poison: OnPoison) -> Prepared:
+def prepare(
+    messages: Sequence[Message],
+    *,
+    addressing: Addressing,
+    on_poison: OnPoison,
+    held_types: Collection[str] = (),
+    why_held_back: Callable[[Message], Failure | None] | None = None,
+) -> Prepared:
     """
-    Make records of *messages*, and find those that Kafka could never accept before they can do harm.
+    Make records of *messages*, and find those that may not be sent, or that Kafka could never accept.
 
     Under "park" nothing is sent behind such a message of its key, nor behind one that is parked already.
+
+    Args:
+        held_types: Aggregate types whose topic is away.
+        why_held_back: Tells why a message has to stay behind an earlier one of its key, or None; left out, none has to.
     """
     prepared = Prepared([], [], [None] * len(messages))
     topics: dict[str, str] = {}
     stopped_keys: set[Key] = set()
     for index, message in enumerate(messages):
-        if message.is_behind_parked and on_poison == "park":
-            prepared.outcomes[index] = BEHIND_PARKED
-        elif stopped_keys and message.key in stopped_keys:
+        held_back = why_held_back(message) if why_held_back is not None else None
+        if held_back is not None:
+            prepared.outcomes[index] = held_back
+        elif held_types and message.aggregate_type in held_types:
+            prepared.outcomes[index] = TOPIC_HELD
+        elif stopped_keys and message.key in stopped_keys and not message.is_unordered:
             prepared.outcomes[index] = WITHDRAWN
         else:
             try:
@@ -198,7 +219,7 @@ def prepare(messages: Sequence[Message], *, addressing: Addressing, on_poison: O
                 prepared.records.append(addressing.record(message, topic=topic))
                 prepared.indexes.append(index)
             except Unpublishable as error:
-                prepared.outcomes[index] = Failure(Scope.MESSAGE, "unpublishable", str(error))
-                if on_poison == "park":
+                prepared.outcomes[index] = Failure(Scope.MESSAGE, error.code, str(error))
+                if on_poison == "park" and not message.is_unordered:
                     stopped_keys.add(message.key)
     return prepared

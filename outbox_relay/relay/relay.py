@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import DatabaseUnavailable, KafkaUnavailable
 from outbox_relay.relay.canary import Canary, CanaryOptions
-from outbox_relay.relay.horizon import read_last_no
+from outbox_relay.relay.horizon import read_last_number
+from outbox_relay.relay.late import LateCollector
 from outbox_relay.relay.loop import Lane, LaneOptions
 from outbox_relay.relay.prune import PruneOptions, Pruner
+from outbox_relay.relay.reconcile import ReconcileOptions, Reconciler
+from outbox_relay.relay.shards import Shards
 from outbox_relay.relay.survey import SurveyOptions, Surveyor
 from outbox_relay.relay.watch import HorizonWatch, WatchOptions
+from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +38,7 @@ class RelayOptions:
     lanes: int = 2
     lane: LaneOptions = LaneOptions()  # noqa: RUF009 -- frozen
     watch: WatchOptions = WatchOptions()  # noqa: RUF009 -- frozen
+    reconcile: ReconcileOptions = ReconcileOptions()  # noqa: RUF009 -- frozen
     prune: PruneOptions | None = None
     survey: SurveyOptions | None = None
     canary: CanaryOptions | None = None
@@ -42,8 +48,8 @@ class Relay:
     """
     Starts the threads and tells when their work is done. *connect* opens a connection for the thread it is given.
 
-    The first level of stopping, `drain`, takes no more; the batches in hand are finished and settled. The second is
-    the end of the process: PostgreSQL frees what the lanes have locked, and nothing is lost.
+    The first level of stopping, `drain`, takes no more; the stints in hand are recorded. The second is the end of the
+    process: PostgreSQL frees what the lanes have locked, and nothing is lost.
     """
 
     def __init__(
@@ -58,11 +64,19 @@ class Relay:
         self._connect = connect
         self._telemetry = telemetry
         self._stop = threading.Event()
+        self._reconciler = Reconciler(
+            options=options.reconcile,
+            connect=partial(connect, "reconcile"),
+            telemetry=telemetry,
+            stop=self._stop,
+        )
         self._watch = HorizonWatch(
             options=options.watch,
             connect=partial(connect, "horizon"),
             telemetry=telemetry,
+            renumbered=self._reconciler.begin_anew,
         )
+        self._shards = Shards()
         self._lanes = [
             Lane(
                 name,
@@ -70,6 +84,7 @@ class Relay:
                 connect=partial(connect, name),
                 publisher=make_publisher(),
                 watch=self._watch,
+                shards=self._shards,
                 telemetry=telemetry,
                 stop=self._stop,
             )
@@ -81,9 +96,21 @@ class Relay:
         ]
         self._threads += [threading.Thread(target=part.run, name=name, daemon=True) for name, part in self._beside()]
 
-    def _beside(self) -> Iterator[tuple[str, Pruner | Surveyor | Canary]]:
-        """Make the parts on which no message depends."""
+    def _beside(self) -> Iterator[tuple[str, LateCollector | Reconciler | Pruner | Surveyor | Canary]]:
+        """Make the parts beside the lanes."""
         options, telemetry, stop = self._options, self._telemetry, self._stop
+        yield (
+            "late",
+            LateCollector(
+                options=options.lane.claim,
+                connect=partial(self._connect, "late"),
+                watch=self._watch,
+                found=self._look_for_waiting,
+                telemetry=telemetry,
+                stop=stop,
+            ),
+        )
+        yield "reconcile", self._reconciler
         if options.prune is not None:
             connect = partial(self._connect, "prune")
             yield "prune", Pruner(options=options.prune, connect=connect, telemetry=telemetry, stop=stop)
@@ -94,13 +121,18 @@ class Relay:
             connect = partial(self._connect, "canary")
             yield "canary", Canary(options=options.canary, connect=connect, telemetry=telemetry, stop=stop)
 
+    def _look_for_waiting(self) -> None:
+        for lane in self._lanes:
+            lane.look_soon()
+        self._watch.wake()
+
     def start(self) -> None:
         """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def drain(self) -> None:
-        """Claim nothing more; the batches in hand are finished."""
+        """Claim nothing more; the stints in hand are recorded."""
         self._stop.set()
         self._watch.stop()
 
@@ -112,9 +144,9 @@ class Relay:
         return not any(thread.is_alive() for thread in self._threads)
 
     def last_no(self) -> int:
-        """Give the number that `is_drained` is asked about: the last one drawn so far."""
+        """Return the number that `is_drained` is asked about: the last one drawn so far."""
         with closing(self._connect("drain")) as connection:
-            return read_last_no(connection, schema=self._options.watch.schema)
+            return read_last_number(connection, schema=self._options.watch.schema).number
 
     def is_drained(self, through: int) -> bool:
         """
@@ -132,4 +164,11 @@ class Relay:
             raise KafkaUnavailable(f"Kafka has been away for {patience:g} s; messages are left unpublished")
         if self._telemetry.lost_for("database") > patience:
             raise DatabaseUnavailable(f"PostgreSQL has been away for {patience:g} s")
-        return not held and any(lane.drained_through >= through for lane in self._lanes)
+        return not held and self._shards.drained_through >= through and not self._is_anything_left(through)
+
+    def _is_anything_left(self, through: int) -> bool:
+        """Ask the database, for a lane knows nothing of what another process holds or what still waits."""
+        schema = self._options.watch.schema
+        with closing(self._connect("drain")) as connection, translated_errors():
+            [(is_left,)] = connection.execute(statement("find_left", schema=schema), {"through": through}).fetchall()
+        return bool(is_left)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from outbox_relay.errors import OutboxRelayError
 from outbox_relay.relay.failures import Backoff
-from outbox_relay.relay.horizon import read_last_no
+from outbox_relay.relay.horizon import read_last_number
 
 if TYPE_CHECKING:
     import threading
@@ -44,7 +44,7 @@ def work_until_stopped(
         connected_at = time.monotonic()
         try:
             with closing(connect()) as connection:
-                read_last_no(connection, schema=schema)
+                read_last_number(connection, schema=schema)
                 telemetry.database_recovered(thread)
                 work(connection)
         except Exception as error:  # noqa: BLE001 -- see above

@@ -1,98 +1,135 @@
-"""Settle: decide from the outcomes what to mark and what to park, and write it in the claim's transaction."""
+"""Settle: decide from the outcomes what becomes of each message, and write how far the shards are settled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from psycopg import ClientCursor
 
 from outbox_relay.database import translated_errors
-from outbox_relay.relay.failures import BEHIND_PARKED, Scope
+from outbox_relay.relay.failures import BEHIND_PARKED, BEHIND_WAITING, Failure, Scope
 from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from psycopg import Connection
 
     from outbox_relay.relay.failures import Outcome
+    from outbox_relay.relay.marks import Marks
     from outbox_relay.relay.message import Key, Message, OnPoison
 
-SettleMode = Literal["mark", "delete"]
+PendingState = Literal["parked", "waiting"]
 
 
-@dataclass(frozen=True, slots=True)
-class Parked:
-    """A message to set aside, and the reason that an operator will read."""
+class Aside(NamedTuple):
+    """A message that a mark passes although it is not in Kafka, and why: what becomes a row of outbox_pending."""
 
     message: Message
-    reason: str
+    state: PendingState
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
     """
-    What a batch comes to. A message in neither list stays unpublished and is claimed again.
+    What a batch comes to, each list in sequence order.
 
     Attributes:
         published: Acknowledged messages, of each key the ones before its first failure.
-        parked: Messages that Kafka will never accept, and under `park` the later ones of their keys.
-        unsettled: The others, in sequence order.
+        parked: Messages that Kafka will never accept, and under "park" the later ones of their keys.
+        waiting: Messages whose topic, or Kafka, is away, and the later ones of their keys.
+        unsettled: The others. They are sent again before any mark passes them.
     """
 
     published: list[Message] = field(default_factory=list)
-    parked: list[Parked] = field(default_factory=list)
+    parked: list[Aside] = field(default_factory=list)
+    waiting: list[Aside] = field(default_factory=list)
     unsettled: list[Message] = field(default_factory=list)
 
 
 def decide(messages: Sequence[Message], outcomes: Sequence[Outcome], *, on_poison: OnPoison) -> Settlement:
     """
-    Tell what to mark, to park and to leave, from *messages* in sequence order and the outcome of each.
+    Tell what becomes of *messages*, which are in sequence order, from the outcome of each.
 
     An idempotent producer keeps the order but leaves gaps: a message can fail while later ones of its key are accepted.
-    Marking those would hide that they overtook it, so of each key only the prefix before the first failure is marked.
-    Under "skip" a parked message does not hold up the later ones of its key.
+    To call those published would hide that they overtook it; of each key only the ones before its first failure are.
+    Under "skip" a parked message does not hold up the later ones of its key. Messages that are unordered anyway neither
+    hold up others nor are held up.
     """
     if outcomes.count(None) == len(outcomes):
         return Settlement(published=list(messages))
     settlement = Settlement()
-    parked_keys: set[Key] = set()
-    open_keys: set[Key] = set()
+    stopped: dict[Key, Failure] = {}
     for message, outcome in zip(messages, outcomes, strict=True):
-        key = message.key
-        if key in parked_keys:
-            settlement.parked.append(Parked(message, BEHIND_PARKED.text))
-        elif key in open_keys:
-            settlement.unsettled.append(message)
-        elif outcome is None:
+        before = None if message.is_unordered else stopped.get(message.key)
+        failure = outcome if before is None else before
+        if failure is None:
             settlement.published.append(message)
-        elif outcome.scope is Scope.MESSAGE:
-            settlement.parked.append(Parked(message, outcome.text))
-            if on_poison == "park":
-                parked_keys.add(key)
+            continue
+        follower: Failure | None = failure
+        if failure.scope is Scope.MESSAGE:
+            settlement.parked.append(Aside(message, "parked", failure))
+            follower = BEHIND_PARKED if on_poison == "park" else None
+        elif failure.scope in (Scope.TOPIC, Scope.CONNECTION):
+            settlement.waiting.append(Aside(message, "waiting", failure))
+            follower = BEHIND_WAITING
         else:
             settlement.unsettled.append(message)
-            open_keys.add(key)
+        if follower is not None and not message.is_unordered:
+            stopped.setdefault(message.key, follower)
     return settlement
 
 
-def settle(connection: Connection, *, schema: str, settlement: Settlement, mode: SettleMode) -> dict[int, int]:
+def set_aside(connection: Connection, asides: Collection[Aside], *, schema: str) -> None:
     """
-    Write *settlement* and commit; give the new generation of each shard in which something was parked.
+    Write messages to outbox_pending, in the transaction that holds their shards.
+
+    Raises:
+        DatabaseUnavailable: The connection broke; nothing of the stint is recorded.
+        DatabaseConflict: A time-out ended the transaction; likewise.
+    """
+    if not asides:
+        return
+    parameters = {
+        "shards": numbers(aside.message.shard for aside in asides),
+        "numbers": numbers(aside.message.sequence_no for aside in asides),
+        "states": [aside.state for aside in asides],
+        "reason_codes": [aside.failure.code for aside in asides],
+        "reasons": [aside.failure.reason for aside in asides],
+        "are_unordered": [aside.message.is_unordered for aside in asides],
+    }
+    with translated_errors():
+        connection.execute(statement("settle_aside", schema=schema), parameters, prepare=False)  # see read.py
+
+
+def forget_waiting(connection: Connection, messages: Collection[Message], *, schema: str) -> None:
+    """Remove from outbox_pending what was published, as `set_aside` writes to it."""
+    if not messages:
+        return
+    parameters = {
+        "shards": numbers(message.shard for message in messages),
+        "numbers": numbers(message.sequence_no for message in messages),
+    }
+    with translated_errors():
+        connection.execute(statement("settle_waiting", schema=schema), parameters, prepare=False)  # see read.py
+
+
+def record_marks(connection: Connection, marks: Marks, *, schema: str) -> int:
+    """
+    Record the marks that have moved, commit, and return their number.
 
     Raises:
         DatabaseUnavailable: The connection broke. Whether the commit took place is not known: what was acknowledged
-            may be claimed and sent once more.
+            may be read and sent once more.
     """
-    generations: dict[int, int] = {}
+    moved = marks.moved()
     with translated_errors():
-        if settlement.parked:
-            parameters = {
-                "ids": [parked.message.id for parked in settlement.parked],
-                "reasons": [parked.reason for parked in settlement.parked],
-            }
-            generations = dict(connection.execute(statement("park", schema=schema), parameters).fetchall())
-        ids = numbers(message.id for message in settlement.published)
-        ClientCursor(connection).execute(statement(f"settle_{mode}", schema=schema), {"ids": ids})
-    return generations
+        if moved:
+            shards, throughs, messages, checksums = map(numbers, zip(*moved, strict=True))
+            parameters = {"shards": shards, "throughs": throughs, "messages": messages, "checksums": checksums}
+            ClientCursor(connection).execute(statement("settle_marks", schema=schema), parameters)
+        else:
+            connection.commit()
+    return len(moved)

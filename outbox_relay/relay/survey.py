@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from outbox_relay.database import roll_back, translated_errors
 from outbox_relay.errors import DatabaseConflict
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from outbox_relay.observe.telemetry import Telemetry
 
 Found = TypeVar("Found")
+HeadState = Literal["unpublished", "waiting"]
 
 _LEAST_REST = 20  # times as long as a survey took: it takes a twentieth of the time at most
 _LIFETIME = 3  # pauses for which a figure is shown
@@ -48,27 +49,53 @@ class SurveyOptions:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first message that waits in a shard."""
+    """
+    A message that comes first in its shard.
+
+    Attributes:
+        state: "unpublished": the next one above the mark. "waiting": the first one of its aggregate type that the mark
+            has passed and that is not in Kafka all the same.
+        age_seconds: By `created_at`.
+        waiting_seconds: Since it was set aside; 0 for an unpublished one.
+    """
 
     shard: int
     sequence_no: int
+    state: HeadState
     aggregate_type: str
     age_seconds: float
+    waiting_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What waits and what is parked; counts end at `SurveyOptions.messages`."""
+    """
+    What is not in Kafka yet, what is parked, and what relays have still to do; counts end at `SurveyOptions.messages`.
+
+    Attributes:
+        unpublished_messages: Those that no mark has passed, and those that wait.
+        waiting_messages: Those that a mark has passed and that the relay sends as soon as it can.
+        uncollected_writers: Given-up writers that have ended and whose messages do not wait yet.
+        unreconciled_seconds: Age of the oldest mark that nobody has compared with the rows; 0 when there is none.
+    """
 
     heads: list[Head]
     unpublished_messages: int
+    waiting_messages: int
     parked_messages: int
     parked_keys: int
+    uncollected_writers: int
+    unreconciled_seconds: float
 
     @property
     def oldest_unpublished_seconds(self) -> float:
-        """Age of the oldest message that waits, by `created_at`; 0 when none does."""
+        """Age of the oldest message that is not in Kafka, by `created_at`; 0 when there is none."""
         return max((head.age_seconds for head in self.heads), default=0.0)
+
+    @property
+    def oldest_waiting_seconds(self) -> float:
+        """For how long the message that was set aside first has been waiting; 0 when none is."""
+        return max((head.waiting_seconds for head in self.heads), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +131,7 @@ def read_backlog(connection: Connection, *, options: SurveyOptions) -> Backlog:
     """
     Look at what waits and what is parked; *connection* is in autocommit mode.
 
-    What is published, and what waits beyond the counts, costs nothing; index entries that vacuum could not remove do.
+    What is published, the marks that say so, and what waits beyond the counts cost nothing, dead or alive.
 
     Raises:
         DatabaseUnavailable: The connection broke.
@@ -176,7 +203,7 @@ class Surveyor:
             self._stop.wait(self._survey(connection))
 
     def _survey(self, connection: Connection) -> float:
-        """Look once, tell, and give the seconds until the next look."""
+        """Look once, tell, and return the seconds until the next look."""
         started = time.monotonic()
         upkeep = self._try(read_upkeep, connection)
         backlog = self._try(read_backlog, connection)
@@ -189,7 +216,7 @@ class Surveyor:
         return pause
 
     def _try(self, read: Callable[..., Found], connection: Connection) -> Found | None:
-        """Give what *read* finds, or None: one that takes too long is no reason to miss the other."""
+        """Return what *read* finds, or None: one that takes too long is no reason to miss the other."""
         try:
             return read(connection, options=self._options)
         except DatabaseConflict as error:
@@ -200,7 +227,7 @@ class Surveyor:
 
 @lru_cache
 def begin_statement(options: SurveyOptions) -> bytes:
-    """Give the statements that begin a transaction of looking and set what it needs."""
+    """Return the statements that begin a transaction of looking and set what it needs."""
     return statement("survey_begin", schema=options.schema) % {
         b"lock_timeout_ms": round(options.lock_timeout * 1000),
         b"statement_timeout_ms": round(options.statement_timeout * 1000),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from outbox_relay.errors import SchemaMismatch
 from outbox_relay.relay import horizon as stage
-from outbox_relay.relay.horizon import Horizon
+from outbox_relay.relay.horizon import Epoch, Horizon
 from outbox_relay.relay.session import work_until_stopped
 
 if TYPE_CHECKING:
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 _AWAITING_SECONDS = 0.001  # between looks at awaited transactions: most of them commit within a millisecond
 _BUSY_SECONDS = 1.0  # how long after the last new number the poll stays fast
 _HELD_SECONDS = 1.0  # from when on a held horizon is worth a line in the log
+_CHECK_SECONDS = 5.0  # between looks at whether the sequence and the marks belong together
+
+
+class Reached(NamedTuple):
+    """The horizon and the epoch of its number; 0 and None while it is not known."""
+
+    through: int
+    epoch: Epoch | None
+
+
+_UNKNOWN = Reached(0, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,49 +42,69 @@ class WatchOptions:
 
     Attributes:
         schema: Where the outbox is.
-        is_ordered: False takes the last number as the horizon: later numbers may overtake earlier ones.
         ordering_timeout: After this time a writer that is still open is given up on.
         poll_interval: Pause between polls while messages come in.
         idle_poll_interval: Pause that an idle poll backs off to.
     """
 
     schema: str = "public"
-    is_ordered: bool = True
     ordering_timeout: float = 5.0
     poll_interval: float = 0.002
     idle_poll_interval: float = 0.1
 
 
 class HorizonWatch:
-    """One per process, with a connection of its own; the lanes share what it finds."""
+    """
+    One per process, with a connection of its own; the lanes share what it finds.
 
-    def __init__(self, *, options: WatchOptions, connect: Callable[[], Connection], telemetry: Telemetry) -> None:
+    *renumbered* is called when the numbers are those of another epoch, or were set back: marks may have been passed by
+    messages that nobody has seen.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: WatchOptions,
+        connect: Callable[[], Connection],
+        telemetry: Telemetry,
+        renumbered: Callable[[], None] = lambda: None,
+    ) -> None:
         self._options = options
         self._connect = connect
         self._telemetry = telemetry
+        self._renumbered = renumbered
+        self._is_renumbered = False
         self._horizon = Horizon(options.ordering_timeout)
         self._moved = threading.Condition()
         self._stopped = threading.Event()
         self._has_to_reset = False
+        self._reached = _UNKNOWN
+        self._epoch: Epoch | None = None
+        self._wakes = 0
+        self._check_at = 0.0
         self._last_news_at = 0.0
         self._pause = options.poll_interval
         self._reported: frozenset[int] = frozenset()
 
     @property
-    def through(self) -> int:
-        """The horizon: no number up to this one can still appear, but late ones. 0 while it is not known."""
-        return 0 if self._has_to_reset else self._horizon.through
+    def reached(self) -> Reached:
+        """The horizon: no message up to its number can still appear, except those of writers that were given up on."""
+        return _UNKNOWN if self._has_to_reset else self._reached
 
-    @property
-    def late_writers_ended(self) -> int:
-        """Grows whenever a writer that was given up on has ended: its messages are below the horizon."""
-        return self._horizon.late_writers_ended
-
-    def wait_beyond(self, number: int, *, timeout: float) -> int:
-        """Wait until the horizon is higher than *number*, at most *timeout* seconds or until the stop; give it."""
+    def wait_beyond(self, number: int, *, timeout: float) -> Reached:
+        """Wait until the horizon is higher than *number*, `wake` or the stop, at most *timeout* seconds; return it."""
+        wakes = self._wakes
         with self._moved:
-            self._moved.wait_for(lambda: self.through > number or self._stopped.is_set(), timeout)
-        return self.through
+            self._moved.wait_for(
+                lambda: self.reached.through > number or self._wakes != wakes or self._stopped.is_set(), timeout
+            )
+        return self.reached
+
+    def wait_for_late_writers(self, seen: int, *, timeout: float) -> int:
+        """Wait until another number of given-up writers has ended than *seen*, or until the stop; return the number."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._horizon.late_writers_ended != seen or self._stopped.is_set(), timeout)
+        return self._horizon.late_writers_ended
 
     def reset(self) -> None:
         """Start from nothing: a lane has lost its server, and behind the next connection may be another."""
@@ -81,13 +113,13 @@ class HorizonWatch:
     def stop(self) -> None:
         """End the thread and wake whoever waits."""
         self._stopped.set()
-        with self._moved:
-            self._moved.notify_all()
+        self.wake()
 
-    def wake_one(self) -> None:
-        """Wake a lane that waits, if any: there is work for one more."""
+    def wake(self) -> None:
+        """Wake all that wait: there is work, whatever the horizon does."""
         with self._moved:
-            self._moved.notify()
+            self._wakes += 1
+            self._moved.notify_all()
 
     def run(self) -> None:
         """Poll until stopped."""
@@ -102,22 +134,43 @@ class HorizonWatch:
         )
 
     def _poll_until_stopped(self, connection: Connection) -> None:
+        self._check_at = 0.0
         while not self._stopped.is_set():
             if self._has_to_reset:
                 self._horizon.reset()
+                self._reached = _UNKNOWN
                 self._has_to_reset = False
-            before = self._horizon.through
+            self._check(connection)
             self._poll(connection)
             now = time.monotonic()
             self._telemetry.horizon_polled(
                 held_seconds=self._horizon.held_for(now=now), blockers=self._horizon.blockers(now=now)
             )
-            if self._horizon.through > before:
-                self._announce()
+            self._announce()
             self._stopped.wait(self._next_pause())
 
+    def _check(self, connection: Connection) -> None:
+        """See every few seconds whether the tables can be trusted still."""
+        now = time.monotonic()
+        if now < self._check_at:
+            return
+        try:
+            stage.check_tables(connection, schema=self._options.schema)
+        except SchemaMismatch:
+            self._is_renumbered = True
+            raise
+        self._check_at = now + _CHECK_SECONDS
+        if self._is_renumbered:
+            self._is_renumbered = False
+            self._renumbered()
+
     def _announce(self) -> None:
-        self.wake_one()
+        """Let the lanes know how far the horizon is."""
+        before, self._reached = self._reached, Reached(self._horizon.through, self._epoch)
+        if self._reached.through <= before.through:
+            return
+        with self._moved:
+            self._moved.notify_all()
         if self._reported:
             self._reported = frozenset()
             self._telemetry.horizon_released()
@@ -126,20 +179,26 @@ class HorizonWatch:
         """Bring the horizon up to date; without news this costs one read of the sequence."""
         horizon, schema = self._horizon, self._options.schema
         if not horizon.candidates and not horizon.given_up:
-            last_no = stage.read_last_no(connection, schema=schema)
-            if last_no == horizon.through:
-                return
-            if not self._options.is_ordered:
-                horizon.through = last_no
-                self._last_news_at = time.monotonic()
+            last = stage.read_last_number(connection, schema=schema)
+            if (last.number, last.epoch) == (horizon.through, self._epoch):
                 return
         seen = stage.observe(connection, schema=schema)
+        if seen.epoch != self._epoch or seen.last_no < horizon.newest_no:
+            self._is_renumbered = self._epoch is not None
+            self._check_at = 0.0
+            self._check(connection)
+            horizon.reset()
+            self._epoch = seen.epoch
         now = time.monotonic()
         if seen.last_no > horizon.through:
             self._last_news_at = now
+        late = horizon.late_writers_ended
         horizon.observe(seen, now=now)
         if horizon.wants_look(now=now):
             self._look(connection)
+        if horizon.late_writers_ended != late:
+            with self._moved:
+                self._moved.notify_all()
 
     def _look(self, connection: Connection) -> None:
         """Tell writers from bystanders, and give up on writers that are overdue."""

@@ -33,13 +33,13 @@ from outbox_relay.sandbox.kafka import KAFKA, Kafka, KafkaCluster
 from outbox_relay.sandbox.mock_cluster import MockCluster
 from outbox_relay.sandbox.orders import AGGREGATE_TYPE, create_orders, write_orders
 from outbox_relay.sandbox.postgres import PostgresServer, installed_servers
-from outbox_relay.sandbox.reading import read_rows, read_topics
+from outbox_relay.sandbox.reading import count_unsettled, read_outbox, read_topics
 from outbox_relay.sandbox.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from outbox_relay.sandbox.history import Row
+    from outbox_relay.sandbox.history import Mark, Row
 
 KafkaChoice = Literal["mock", "broker"]
 
@@ -52,8 +52,6 @@ DRAIN_TIMEOUT_SECONDS = 30.0
 STOP_TIMEOUT_SECONDS = 30.0
 DELETE_TIMEOUT_SECONDS = 10.0
 LOG_TAIL_LINES = 8
-
-SELECT_UNSETTLED = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND parked_at IS NULL"
 
 
 class DemoFailed(OutboxRelayError):
@@ -283,10 +281,10 @@ def _record_history(
         stop_writing.set()
         writes = [write for writer in writers for write in writer.result()]
         say(f"The writers stop after {len(writes):,} transactions.")
-        rows = _drained_rows(dsn, relays=relays)
-        say(f"The outbox is drained: {len(rows):,} rows, each of them settled.")
+        rows, marks = _drained_outbox(dsn, relays=relays)
+        say(f"The outbox is drained: {len(rows):,} rows, all of them settled by {len(marks):,} marks.")
         stop_reading.set()
-        return History(writes, rows, reader.result(), partition_counts={topic: (PARTITIONS,)})
+        return History(writes, rows, reader.result(), marks=marks, partition_counts={topic: (PARTITIONS,)})
 
 
 def _let_run(writers: Sequence[Future[list[Write]]], *, seconds: float) -> None:
@@ -295,17 +293,17 @@ def _let_run(writers: Sequence[Future[list[Write]]], *, seconds: float) -> None:
         ended.result()
 
 
-def _drained_rows(dsn: str, *, relays: Sequence[Relay]) -> list[Row]:
-    """Wait until every row is published or parked, and return them all."""
+def _drained_outbox(dsn: str, *, relays: Sequence[Relay]) -> tuple[list[Row], list[Mark]]:
+    """Wait until every row is published or parked, and return all rows and marks."""
     with psycopg.connect(dsn, autocommit=True) as connection:
 
         def is_drained() -> bool:
             for relay in relays:
                 relay.check()
-            return connection.execute(SELECT_UNSETTLED).fetchone() == (0,)
+            return count_unsettled(connection) == 0
 
         eventually(is_drained, timeout=DRAIN_TIMEOUT_SECONDS, message="the outbox was not drained")
-        return read_rows(connection)
+        return read_outbox(connection)
 
 
 def _report(history: History) -> Report:

@@ -25,9 +25,10 @@ class Outcome(Enum):
 
 
 class State(Enum):
-    """What the outbox says about a row; a skipped one is in the audit table only."""
+    """What marks and pending messages say of a row; a skipped one is in the audit table only."""
 
     PUBLISHED = "published"
+    WAITING = "waiting"
     PARKED = "parked"
     UNPUBLISHED = "unpublished"
     SKIPPED = "skipped"
@@ -63,12 +64,29 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the outbox at the end of the run."""
+    """
+    One row of the outbox at the end of the run.
+
+    Attributes:
+        is_counted: A mark that has passed it counts it; False if its writer was given up on.
+    """
 
     message_id: str
     key: str
     sequence_no: int
     state: State
+    shard: int = 0
+    is_counted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a relay has written down about a shard: all up to a number is settled, and how many messages that were."""
+
+    shard: int
+    through: int
+    messages: int
+    checksum: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +145,8 @@ class History:
     Message ids are unique among the writes and among the rows.
 
     Attributes:
-        rows_are_kept: False where settling or pruning deletes rows, for then one that is missing proves nothing.
+        rows_are_kept: False where somebody deletes rows, for then one that is missing proves nothing.
+        marks: In the order of their numbers, shard by shard.
         partition_counts: How many partitions each topic had, one after the other. A topic that is left out is not
             judged by where its records are.
         effects: Of each consumer the message ids in the order of their effects, those of replays left out.
@@ -138,6 +157,7 @@ class History:
     rows: Sequence[Row]
     records: Sequence[Record]
     rows_are_kept: bool = True
+    marks: Sequence[Mark] = ()
     partition_counts: Mapping[str, Collection[int]] = field(default_factory=dict)
     holds: Sequence[Hold] = ()
     effects: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -7,10 +7,11 @@ relay works.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from operator import attrgetter
+from functools import lru_cache, reduce
+from operator import attrgetter, xor
 from typing import TYPE_CHECKING
 
 from outbox_relay.sandbox.history import Outcome, State
@@ -18,9 +19,10 @@ from outbox_relay.sandbox.history import Outcome, State
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from outbox_relay.sandbox.history import History, Hold, Record, Row, Write
+    from outbox_relay.sandbox.history import History, Hold, Mark, Record, Row, Write
 
     Messages = tuple[str, ...]
+    Marks = tuple[tuple[int, int], ...]
     Effects = tuple[tuple[str, str], ...]
 
 _BROKEN_PROMISES = (
@@ -28,6 +30,7 @@ _BROKEN_PROMISES = (
     "unexpected",
     "reordered",
     "false_mark",
+    "miscounted",
     "corrupted",
     "misplaced",
     "unheld",
@@ -42,11 +45,13 @@ _BROKEN_PROMISES = (
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """
-    What became of the messages, as message ids, and of their effects, as pairs of consumer and message id.
+    What became of the messages, as message ids, of marks, and of effects.
+
+    A mark is a pair of shard and number, an effect one of consumer and message id.
 
     Attributes:
         published: Distinct messages in Kafka, whoever wrote them.
-        parked: Committed, not in Kafka, and the table says that the relay put them aside.
+        parked: Committed, not in Kafka, and the relay says that it put them aside.
         skipped: Committed, not in Kafka, and the audit table says that an operator wanted it so.
         recovered: The writer does not know whether it committed; table and Kafka agree that it did.
         duplicated: One entry for each record beyond a message's first.
@@ -55,7 +60,8 @@ class Verdict:
         lost: Committed, but neither in Kafka nor parked nor skipped.
         unexpected: In Kafka, although no transaction committed it.
         reordered: First of its message in Kafka, but behind a record of its key with a higher sequence number.
-        false_mark: The table says published, Kafka does not have it.
+        false_mark: The marks say published, Kafka does not have it.
+        miscounted: Marks that have counted other messages than there are.
         corrupted: Key, value, headers or sequence number in Kafka differ from what was written.
         misplaced: In another partition than that which Java's producers choose for the key.
         unheld: Published while an earlier message of its key was parked.
@@ -76,6 +82,7 @@ class Verdict:
     unexpected: Messages = ()
     reordered: Messages = ()
     false_mark: Messages = ()
+    miscounted: Marks = ()
     corrupted: Messages = ()
     skipped: Messages = ()
     replayed: Messages = ()
@@ -93,11 +100,11 @@ class Verdict:
         return not self.broken_promises()
 
     def broken_promises(self) -> dict[str, int]:
-        """How many messages or effects each broken promise concerns; nothing when all were kept."""
+        """How many messages, marks or effects each broken promise concerns; nothing when all were kept."""
         return {word: count for word in _BROKEN_PROMISES if (count := len(getattr(self, word)))}
 
     def counts(self) -> dict[str, int]:
-        """How many messages each word applies to, by name."""
+        """How many messages, marks or effects each word applies to, by name."""
         counts = {outcome.value: self.writes.get(outcome, 0) for outcome in Outcome} | {"published": self.published}
         return counts | {word.name: len(getattr(self, word.name)) for word in fields(self)[2:]}
 
@@ -132,6 +139,7 @@ def judge(history: History) -> Verdict:
         unexpected=_sorted(seen - committed - recovered),
         reordered=_reordered(firsts.values()),
         false_mark=_sorted(row.message_id for row in _published(history.rows) if row.message_id not in firsts),
+        miscounted=tuple(_miscounted(history)),
         corrupted=_sorted({r.message_id for r in records if _is_corrupted(r, writes=writes, rows=rows)}),
         skipped=_sorted(skipped),
         replayed=replayed,
@@ -175,6 +183,26 @@ def _is_corrupted(record: Record, *, writes: Mapping[str, Write], rows: Mapping[
         write is not None
         and (record.key, record.digest, record.headers) != (write.key, write.digest, write.headers or record.headers)
     ) or (row is not None and (record.key, record.sequence_no) != (row.key, row.sequence_no))
+
+
+def _miscounted(history: History) -> Iterator[tuple[int, int]]:
+    """Compare each mark with the rows above the one before it; what somebody has taken out may be missing."""
+    rows: defaultdict[int, list[Row]] = defaultdict(list)
+    for row in sorted(history.rows, key=attrgetter("sequence_no")):
+        rows[row.shard].append(row)
+    reached: defaultdict[int, int] = defaultdict(int)
+    for mark in history.marks:
+        begin, end = reached[mark.shard], bisect_left(rows[mark.shard], mark.through + 1, key=attrgetter("sequence_no"))
+        if not _agrees(mark, rows[mark.shard][begin:end], rows_are_kept=history.rows_are_kept):
+            yield mark.shard, mark.through
+        reached[mark.shard] = end
+
+
+def _agrees(mark: Mark, passed: Sequence[Row], *, rows_are_kept: bool) -> bool:
+    numbers = [row.sequence_no for row in passed if row.is_counted and row.state is not State.SKIPPED]
+    if len(numbers) < mark.messages:
+        return not rows_are_kept or any(row.state is State.SKIPPED for row in passed)
+    return len(numbers) == mark.messages and reduce(xor, numbers, 0) == mark.checksum
 
 
 def _misplaced(records: Iterable[Record], *, partition_counts: Mapping[str, Collection[int]]) -> set[str]:

@@ -137,6 +137,11 @@ class KafkaCluster(Kafka):
         for node in self._nodes.values():
             node.wait_until_ready(brokers=len(self._nodes))
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the nodes that run."""
+        return [node.pid for node in self._nodes.values() if node.pid is not None]
+
     def stop(self) -> None:
         """End every node in order, as far as they can: the last ones have no quorum left and are killed."""
         for node in self._nodes.values():
@@ -221,6 +226,10 @@ class _Node:
 
     def port_of(self, listener: str) -> int:
         return self._ports[listener].number
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
 
     def start(self, *, cluster_id: str, settings: Mapping[str, str], jvm_options: Sequence[str]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)

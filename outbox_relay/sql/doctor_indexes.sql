@@ -1,6 +1,7 @@
--- The indexes of the outbox by name, with what they index, and of a partitioned one those of its partitions; one that is
--- not valid is used by no query.
+-- The indexes of the tables that relays search, by name, with what they index, and of a partitioned one those of its
+-- partitions; one that is not valid is used by no query.
 SELECT
+    wanted.name AS table_name,
     relation.relname::text AS name,
     indexed.indisprimary AS is_primary,
     indexed.indisvalid AND indexed.indisready AS is_valid,
@@ -12,7 +13,7 @@ SELECT
         JOIN pg_class AS part ON part.oid = inhrelid
         WHERE inhparent = indexed.indexrelid
     ) AS parts
-FROM pg_index AS indexed
+FROM unnest(ARRAY['outbox', 'outbox_published', 'outbox_pending', 'outbox_unordered']) AS wanted (name)
+JOIN pg_index AS indexed ON indexed.indrelid = ('{schema}.' || wanted.name)::regclass
 JOIN pg_class AS relation ON relation.oid = indexed.indexrelid
-WHERE indexed.indrelid = '{schema}.outbox'::regclass
-ORDER BY relation.relname
+ORDER BY wanted.name, relation.relname

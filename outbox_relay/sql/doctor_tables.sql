@@ -2,7 +2,8 @@
 -- values too.
 SELECT
     format('%I.%I', namespace.nspname, relation.relname) AS name,
-    wanted.name = 'outbox' AS holds_messages,
+    wanted.name AS table_name,
+    relation.relpersistence <> 'u' AS is_logged,
     coalesce(
         (
             SELECT option_value::boolean
@@ -19,7 +20,9 @@ SELECT
     pg_total_relation_size(relation.oid) AS total_bytes,
     age(relation.relfrozenxid)::bigint AS xid_age,
     mxid_age(relation.relminmxid)::bigint AS multixact_age
-FROM unnest(ARRAY['outbox', 'outbox_shard', 'outbox_unordered']) AS wanted (name)
+FROM unnest(ARRAY[
+    'outbox', 'outbox_shard', 'outbox_published', 'outbox_pending', 'outbox_unordered', 'outbox_reconciled'
+]) AS wanted (name)
 CROSS JOIN LATERAL (
     SELECT ('{schema}.' || wanted.name)::regclass::oid
     UNION ALL

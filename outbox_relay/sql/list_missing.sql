@@ -2,16 +2,30 @@
 -- catalog, not the record of migrations, so that it holds whichever tool applied them.
 WITH need (relation, privilege, column_name) AS (
     SELECT 'outbox', 'SELECT', unnest(ARRAY[
-        'id', 'message_id', 'aggregate_type', 'aggregate_id', 'event_type', 'payload', 'payload_bytes', 'headers',
-        'created_at', 'published_at', 'parked_at', 'parked_reason', 'transaction_id', 'sequence_no', 'shard'
+        'message_id', 'aggregate_type', 'aggregate_id', 'event_type', 'payload', 'payload_bytes', 'headers',
+        'created_at', 'transaction_id', 'sequence_no', 'shard'
     ])
-    UNION ALL SELECT 'outbox', 'UPDATE', unnest(ARRAY['published_at', 'parked_at', 'parked_reason'])
-    UNION ALL SELECT 'outbox', 'DELETE', NULL
-    UNION ALL SELECT 'outbox_shard', 'SELECT', unnest(ARRAY['shard', 'generation', 'xmax'])
-    UNION ALL SELECT 'outbox_shard', 'UPDATE', 'generation'
-    UNION ALL SELECT 'outbox_unordered', unnest(ARRAY['SELECT', 'INSERT']), 'transaction_id'
-    UNION ALL SELECT 'outbox_unordered', 'SELECT', 'recorded_at'
-    UNION ALL SELECT 'outbox_unordered', 'DELETE', NULL
+    UNION ALL SELECT 'outbox_shard', 'SELECT', unnest(ARRAY['shard', 'xmax'])
+    UNION ALL SELECT 'outbox_shard', 'UPDATE', 'shard'
+    UNION ALL
+    SELECT 'outbox_published', 'SELECT', unnest(ARRAY[
+        'shard', 'through', 'published_at', 'messages', 'checksum', 'before_xid'
+    ])
+    UNION ALL SELECT 'outbox_published', unnest(ARRAY['INSERT', 'UPDATE', 'DELETE']), NULL
+    UNION ALL
+    SELECT 'outbox_pending', 'SELECT', unnest(ARRAY[
+        'shard', 'sequence_no', 'key_hash', 'aggregate_type', 'state', 'reason_code', 'reason', 'is_unordered', 'since'
+    ])
+    UNION ALL SELECT 'outbox_pending', unnest(ARRAY['INSERT', 'UPDATE', 'DELETE']), NULL
+    UNION ALL
+    SELECT 'outbox_unordered', 'SELECT', unnest(ARRAY[
+        'transaction_id', 'from_no', 'to_no', 'recorded_at', 'collected_through', 'collected_at'
+    ])
+    UNION ALL SELECT 'outbox_unordered', unnest(ARRAY['INSERT', 'UPDATE', 'DELETE']), NULL
+    UNION ALL
+    SELECT 'outbox_reconciled', 'SELECT', unnest(ARRAY['shard', 'checked_through', 'thinned_through'])
+    UNION ALL SELECT 'outbox_reconciled', unnest(ARRAY['INSERT', 'UPDATE']), NULL
+    UNION ALL SELECT 'outbox_message', 'SELECT', 'state'
     UNION ALL SELECT 'outbox_sequence_no_seq', 'SELECT', unnest(ARRAY['last_value', 'is_called'])
     UNION ALL
     SELECT relname::text, 'SELECT', 'version'  -- only our own runner makes this table
@@ -25,7 +39,11 @@ SELECT DISTINCT
     END AS absent,
     format(
         'GRANT %%s ON %%I.%%I TO %%I',
-        CASE need.privilege WHEN 'UPDATE' THEN format('UPDATE (%%I)', need.column_name) ELSE need.privilege END,
+        CASE
+            WHEN need.privilege = 'UPDATE' AND need.column_name IS NOT NULL
+                THEN format('UPDATE (%%I)', need.column_name)
+            ELSE need.privilege
+        END,
         %(schema)s,
         need.relation,
         current_user

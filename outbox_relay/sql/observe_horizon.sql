@@ -3,7 +3,11 @@
 -- next xid to be assigned. Read committed, whatever the role's default: the second snapshot must be the later one.
 -- The relays are told apart by the xmax that a claim leaves on the shard rows it locked.
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
-SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {schema}.outbox_sequence_no_seq;
+SELECT
+    last_value - CASE WHEN is_called THEN 0 ELSE 1 END AS last_no,
+    extract(epoch FROM pg_postmaster_start_time())::float8 AS server_started_at,
+    pg_relation_filenode('{schema}.outbox_sequence_no_seq')::bigint AS sequence_file
+FROM {schema}.outbox_sequence_no_seq;
 SELECT
     pg_current_snapshot()::text,
     3 + age('3'::xid)::bigint AS next_xid,

@@ -1,52 +1,90 @@
--- Parked messages, oldest first: those that Kafka refused, and the first one of each key; with :with_waiting all. It
--- reads every parked row of the selection, through the index of parked rows, and counts those that wait up to :most_counted.
+-- Parked messages, oldest first: those that Kafka refused, and the first one of each key; with :with_behind all of
+-- them.
+--
+-- It reads all that is parked, and of the outbox only these rows, by primary key: LIMIT 1 keeps each look-up a probe of
+-- the index, however large the outbox is. Those behind a message are counted up to :most_counted.
+--
+-- A hash finds the messages of a key and the texts decide, for two keys may have the same hash. The key of a message
+-- that was deleted from the outbox is known by its type and hash only: it counts as one of its key.
+WITH wanted AS MATERIALIZED (
+    SELECT
+        key.aggregate_type,
+        key.aggregate_id,
+        hashtextextended(key.aggregate_type || ':' || key.aggregate_id, 0) AS key_hash
+    FROM unnest(%(key_types)s::text[], %(key_ids)s::text[]) AS key (aggregate_type, aggregate_id)
+)
 SELECT
-    parked.id,
-    parked.shard,
     parked.sequence_no,
-    parked.message_id::text,
+    parked.shard,
+    message.message_id::text,
     parked.aggregate_type,
-    parked.aggregate_id,
-    parked.event_type,
-    parked.parked_at,
-    coalesce(parked.parked_reason, '') AS reason,
-    coalesce(parked.parked_reason, '') NOT LIKE 'behind\_parked:%%' AS is_guilty,
+    message.aggregate_id,
+    message.event_type,
+    parked.since,
+    parked.reason_code,
+    parked.reason,
+    parked.reason_code <> 'behind_parked' AS is_guilty,
     (
         SELECT count(*)
         FROM (
             SELECT
-            FROM {schema}.outbox AS later
-            WHERE later.shard = parked.shard
+            FROM {schema}.outbox_pending AS later
+            LEFT JOIN LATERAL (
+                SELECT outbox.aggregate_id
+                FROM {schema}.outbox
+                WHERE outbox.shard = later.shard AND outbox.sequence_no = later.sequence_no
+                LIMIT 1
+            ) AS its ON true
+            WHERE later.key_hash = parked.key_hash
                 AND later.aggregate_type = parked.aggregate_type
-                AND later.aggregate_id = parked.aggregate_id
                 AND later.sequence_no > parked.sequence_no
-                AND later.parked_at IS NOT NULL
+                AND later.state = 'parked'
+                AND (its.aggregate_id = message.aggregate_id) IS NOT FALSE
             LIMIT %(most_counted)s
         ) AS later
-    ) AS waiting
-FROM {schema}.outbox AS parked
-WHERE parked.parked_at IS NOT NULL
+    ) AS behind
+FROM {schema}.outbox_pending AS parked
+LEFT JOIN LATERAL (
+    SELECT outbox.message_id, outbox.aggregate_id, outbox.event_type
+    FROM {schema}.outbox
+    WHERE outbox.shard = parked.shard AND outbox.sequence_no = parked.sequence_no
+    LIMIT 1
+) AS message ON true
+WHERE parked.state = 'parked'
     AND (
         %(key_types)s::text[] IS NULL
-        OR (parked.aggregate_type, parked.aggregate_id) IN (
-            SELECT key.aggregate_type, key.aggregate_id
-            FROM unnest(%(key_types)s::text[], %(key_ids)s::text[]) AS key (aggregate_type, aggregate_id)
+        OR EXISTS (
+            SELECT
+            FROM wanted
+            WHERE wanted.key_hash = parked.key_hash
+                AND wanted.aggregate_type = parked.aggregate_type
+                AND (wanted.aggregate_id = message.aggregate_id) IS NOT FALSE
         )
     )
     AND (%(aggregate_type)s::text IS NULL OR parked.aggregate_type = %(aggregate_type)s::text)
-    AND (%(reason)s::text IS NULL OR parked.parked_reason ILIKE '%%' || %(reason)s::text || '%%')
     AND (
-        %(with_waiting)s
-        OR coalesce(parked.parked_reason, '') NOT LIKE 'behind\_parked:%%'
-        OR NOT EXISTS (
-            SELECT
-            FROM {schema}.outbox AS earlier
-            WHERE earlier.shard = parked.shard
+        %(reason)s::text IS NULL
+        OR parked.reason_code || ': ' || parked.reason ILIKE '%%' || %(reason)s::text || '%%'
+    )
+    AND (
+        %(with_behind)s
+        OR parked.reason_code <> 'behind_parked'
+        OR (
+            SELECT true
+            FROM {schema}.outbox_pending AS earlier
+            LEFT JOIN LATERAL (
+                SELECT outbox.aggregate_id
+                FROM {schema}.outbox
+                WHERE outbox.shard = earlier.shard AND outbox.sequence_no = earlier.sequence_no
+                LIMIT 1
+            ) AS its ON true
+            WHERE earlier.key_hash = parked.key_hash
                 AND earlier.aggregate_type = parked.aggregate_type
-                AND earlier.aggregate_id = parked.aggregate_id
                 AND earlier.sequence_no < parked.sequence_no
-                AND earlier.parked_at IS NOT NULL
-        )
+                AND earlier.state = 'parked'
+                AND (its.aggregate_id = message.aggregate_id) IS NOT FALSE
+            LIMIT 1
+        ) IS NULL
     )
 ORDER BY parked.sequence_no
 LIMIT %(limit)s

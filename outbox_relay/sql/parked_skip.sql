@@ -1,31 +1,48 @@
--- Moves parked messages of one shard to the audit table, in a transaction that has locked the shard: a row that is marked
--- published is always in Kafka, and these never will be.
+-- Moves parked messages of one shard to the audit table, in a transaction that has locked the shard, so that they are
+-- never published. A message that was deleted from the outbox leaves a record without message_id.
 WITH skipped AS (
+    DELETE FROM {schema}.outbox_pending
+    WHERE shard = %(shard)s AND sequence_no = ANY (%(numbers)s::bigint[]) AND state = 'parked'
+    RETURNING shard, sequence_no, aggregate_type, reason_code || ': ' || reason AS parked_reason
+),
+moved AS (
     DELETE FROM {schema}.outbox
-    WHERE id = ANY (%(ids)s::bigint[]) AND parked_at IS NOT NULL
+    USING skipped
+    WHERE outbox.shard = skipped.shard AND outbox.sequence_no = skipped.sequence_no
     RETURNING outbox.*
 ),
 recorded AS (
     INSERT INTO {schema}.outbox_audit (
-        action, operator, why, outbox_id, message_id, aggregate_type, aggregate_id, sequence_no, parked_reason, content
+        action,
+        operator,
+        why,
+        sequence_no,
+        message_id,
+        aggregate_type,
+        aggregate_id,
+        event_type,
+        payload,
+        payload_bytes,
+        headers,
+        created_at,
+        parked_reason
     )
     SELECT
         'skip',
         %(operator)s,
         %(why)s,
-        id,
-        message_id,
-        aggregate_type,
-        aggregate_id,
-        sequence_no,
-        parked_reason,
-        to_jsonb(skipped)
+        skipped.sequence_no,
+        moved.message_id,
+        skipped.aggregate_type,
+        moved.aggregate_id,
+        moved.event_type,
+        moved.payload,
+        moved.payload_bytes,
+        moved.headers,
+        moved.created_at,
+        skipped.parked_reason
     FROM skipped
-    ORDER BY sequence_no
-),
-renewed AS (
-    UPDATE {schema}.outbox_shard
-    SET generation = generation + 1
-    WHERE shard = %(shard)s AND EXISTS (SELECT FROM skipped)
+    LEFT JOIN moved ON moved.sequence_no = skipped.sequence_no
+    ORDER BY skipped.sequence_no
 )
-SELECT id FROM skipped ORDER BY id
+SELECT sequence_no FROM skipped ORDER BY sequence_no

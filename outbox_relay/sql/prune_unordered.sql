@@ -1,35 +1,50 @@
--- Removes the records of overtaken transactions that nobody needs any more, and gives their number.
+-- Removes the records of writers that were given up on, once they are collected and none of their messages is left, and
+-- returns how many. Until then a record says that no mark has counted these messages.
 --
--- A message of such a transaction must not be published without the header "unordered". So a record goes only when the
--- transaction has ended before this statement's snapshot, which then shows all of its messages, and none of them is
--- unpublished or parked. There is no index to find them by: with more than :most open messages, no record goes.
-WITH old AS MATERIALIZED (
-    SELECT transaction_id
-    FROM {schema}.outbox_unordered
-    WHERE recorded_at < now() - make_interval(secs => %(older_than_seconds)s)
-        AND transaction_id < pg_snapshot_xmin(pg_current_snapshot())
-    ORDER BY transaction_id
+-- Pruning has to come by first: above the lowest mark of a shard there may be as many messages as the outbox has, and
+-- no index has their writers. Below it only those are left that somebody still needs.
+WITH gone AS MATERIALIZED (
+    SELECT late.transaction_id
+    FROM {schema}.outbox_unordered AS late
+    WHERE late.collected_at IS NOT NULL
+        AND NOT EXISTS (
+            SELECT
+            FROM {schema}.outbox_shard
+            CROSS JOIN LATERAL (
+                SELECT coalesce((
+                    SELECT mark.through
+                    FROM {schema}.outbox_published AS mark
+                    WHERE mark.shard = outbox_shard.shard
+                    ORDER BY mark.through
+                    LIMIT 1
+                ), 0) AS through
+            ) AS lowest
+            WHERE (
+                SELECT true
+                FROM {schema}.outbox
+                WHERE outbox.shard = outbox_shard.shard
+                    AND outbox.sequence_no > greatest(late.from_no, lowest.through)
+                    AND outbox.sequence_no <= late.to_no
+                ORDER BY outbox.sequence_no
+                LIMIT 1
+            )
+            OR (
+                SELECT true
+                FROM {schema}.outbox
+                WHERE outbox.shard = outbox_shard.shard
+                    AND outbox.sequence_no > late.from_no
+                    AND outbox.sequence_no <= least(late.to_no, lowest.through)
+                    AND outbox.transaction_id = late.transaction_id
+                ORDER BY outbox.sequence_no
+                LIMIT 1
+            )
+        )
+    ORDER BY late.transaction_id
     LIMIT %(most)s
-),
-open AS MATERIALIZED (
-    SELECT message.transaction_id
-    FROM (
-        SELECT outbox.transaction_id
-        FROM {schema}.outbox
-        WHERE outbox.published_at IS NULL AND outbox.parked_at IS NULL
-        UNION ALL
-        SELECT outbox.transaction_id
-        FROM {schema}.outbox
-        WHERE outbox.parked_at IS NOT NULL
-    ) AS message
-    WHERE EXISTS (SELECT FROM old)
-    LIMIT %(most)s + 1
 ),
 pruned AS (
     DELETE FROM {schema}.outbox_unordered
-    WHERE transaction_id IN (SELECT old.transaction_id FROM old)
-        AND transaction_id NOT IN (SELECT open.transaction_id FROM open)
-        AND (SELECT count(*) FROM open) <= %(most)s
+    WHERE transaction_id IN (SELECT gone.transaction_id FROM gone)
     RETURNING 1
 )
 SELECT count(*) FROM pruned

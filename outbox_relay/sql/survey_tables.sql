@@ -6,7 +6,9 @@ SELECT
     sum(coalesce(pg_stat_get_dead_tuples(part.oid), 0))::float8 AS dead_tuples,
     sum(pg_table_size(part.oid))::float8 AS table_bytes,
     sum(pg_indexes_size(part.oid))::float8 AS index_bytes
-FROM unnest(ARRAY['outbox', 'outbox_shard', 'outbox_unordered', 'outbox_audit']) AS wanted (name)
+FROM unnest(ARRAY[
+    'outbox', 'outbox_shard', 'outbox_published', 'outbox_pending', 'outbox_unordered', 'outbox_reconciled', 'outbox_audit'
+]) AS wanted (name)
 CROSS JOIN LATERAL (
     SELECT to_regclass('{schema}.' || wanted.name)::oid AS oid
     UNION ALL

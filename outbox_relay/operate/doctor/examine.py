@@ -14,13 +14,15 @@ from outbox_relay import kafka_admin
 from outbox_relay.database import connect, roll_back, translated_errors
 from outbox_relay.errors import ConfigurationError, DatabaseUnavailable, KafkaUnavailable, OutboxRelayError
 from outbox_relay.operate import migrate
-from outbox_relay.operate.doctor import kafka, postgres
+from outbox_relay.operate.doctor import kafka, messages, postgres
 from outbox_relay.operate.doctor.check import Check
-from outbox_relay.operate.status import open_writers
-from outbox_relay.relay.claim import ClaimOptions, Floors, begin_statement, claim_parameters
+from outbox_relay.operate.status import read_status
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.failures import Unpublishable
 from outbox_relay.relay.horizon import OpenTransaction
-from outbox_relay.sql import statement
+from outbox_relay.relay.read import Limits
+from outbox_relay.relay.shards import SHARDS
+from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
@@ -58,14 +60,14 @@ class Subject:
 
 
 def examine(subject: Subject) -> Iterator[Check]:
-    """Give every check; the database or Kafka being away is a finding, and the other is examined all the same."""
+    """Yield every check; the database or Kafka being away is a finding, and the other is examined all the same."""
     aggregate_types = yield from _examine_database(subject)
     topics = yield from _topics(subject.addressing, aggregate_types)
     yield from _examine_kafka(subject.producer_config, topics=topics)
 
 
 def _examine_database(subject: Subject) -> Generator[Check, None, list[str]]:
-    """Give the checks of PostgreSQL and return the aggregate types that were seen."""
+    """Yield the checks of PostgreSQL and return the aggregate types that were seen."""
     try:
         connection = _connect(subject.conninfo)
     except DatabaseUnavailable as error:
@@ -127,10 +129,13 @@ class _Questions:
         yield postgres.check_grants(missing, server=self._server)
         for name, checks in (
             ("schema version", self._migration_checks),
+            ("definitions", self._definition_checks),
+            ("numbers", self._number_checks),
             ("index", self._index_checks),
             ("partitions", self._partition_checks),
             ("vacuum", self._vacuum_checks),
             ("transactions", self._transaction_checks),
+            ("messages", self._message_checks),
             ("topics", self._look_for_aggregate_types),
         ):
             try:
@@ -148,13 +153,20 @@ class _Questions:
         yield postgres.check_migrations(outbox, schema=self._schema)
         yield from postgres.check_partition_migrations(partitioned, schema=self._schema)
 
+    def _definition_checks(self) -> Iterator[Check]:
+        yield from postgres.check_defects(self._fetch("list_defects", {"schema": self._schema}))
+        yield postgres.check_triggers(self._rows(postgres.Trigger, "doctor_triggers"))
+
+    def _number_checks(self) -> Iterator[Check]:
+        yield from postgres.check_disagreements(self._fetch("list_disagreements", {"schema": self._schema}))
+
     def _index_checks(self) -> Iterator[Check]:
         found = self._rows(postgres.Index, "doctor_indexes")
         yield from postgres.check_indexes(found, schema=self._schema)
         yield postgres.check_plan(self._plan(), found=found, schema=self._schema)
 
     def _partition_checks(self) -> Iterator[Check]:
-        [(is_partitioned,)] = self._fetch("partition_exists", {})
+        [(is_partitioned,)] = self._fetch("partition_exists")
         if is_partitioned:
             [found] = self._rows(postgres.Partitions, "doctor_partitions")
             yield postgres.check_partitions(found, schema=self._schema)
@@ -165,14 +177,25 @@ class _Questions:
         yield postgres.check_dead_tuples(tables)
         yield postgres.check_size(tables)
         yield postgres.check_wraparound(tables, server=self._server)
+        yield postgres.check_durability(tables, self._fetch("doctor_settings"))
 
     def _transaction_checks(self) -> Iterator[Check]:
         long = self._rows(OpenTransaction, "doctor_transactions", {"seconds": self._subject.long_seconds})
-        writers = open_writers(self._connection, schema=self._schema)
         yield postgres.check_prepared(long)
         yield postgres.check_long_transactions(long, server=self._server)
         yield postgres.check_slots(self._rows(postgres.Slot, "doctor_slots"))
-        yield postgres.check_horizon(writers, ordering_timeout=self._subject.ordering_timeout)
+
+    def _message_checks(self) -> Iterator[Check]:
+        status = read_status(self._connection, schema=self._schema)
+        long_seconds = self._subject.long_seconds
+        [(unthinned_marks,)] = self._fetch("doctor_marks", {"most": messages.MANY_MARKS})
+        yield messages.check_horizon(status, ordering_timeout=self._subject.ordering_timeout)
+        yield messages.check_shard_locks(status, long_seconds=long_seconds)
+        yield messages.check_backlog(status, long_seconds=long_seconds)
+        yield messages.check_waiting(status, long_seconds=long_seconds)
+        yield messages.check_parked(status)
+        yield messages.check_late_writers(status)
+        yield messages.check_marks(status, unthinned_marks=unthinned_marks)
 
     def _look_for_aggregate_types(self) -> Iterable[Check]:
         """Remember them for the checks of topics; no check of its own."""
@@ -203,12 +226,20 @@ class _Questions:
         )
 
     def _plan(self) -> Mapping[str, object]:
-        """Have a first claim planned with a lane's settings; it is not run, so nothing is locked."""
-        options = ClaimOptions(schema=self._schema)
-        parameters = claim_parameters(options, through=2**62, floors=Floors())
-        explain = b"EXPLAIN (FORMAT JSON) " + statement("claim", schema=self._schema)
+        """Have a lane's read planned with its settings; it is not run."""
+        limits = Limits()
+        parameters = {
+            "shards": numbers(range(SHARDS)),
+            "marks": numbers([0] * SHARDS),
+            "have_pending": [True] * SHARDS,
+            "through": 2**62,
+            "batch_size": limits.messages,
+            "batch_bytes": limits.stored_bytes,
+            "readable_bytes": limits.readable_bytes,
+        }
+        explain = b"EXPLAIN (FORMAT JSON) " + statement("read_messages", schema=self._schema)
         with translated_errors():
-            self._connection.execute(begin_statement(options))
+            self._connection.execute(begin_statement(ClaimOptions(schema=self._schema)))
             [([explained],)] = self._connection.execute(explain, parameters).fetchall()
         roll_back(self._connection)
         plan: Mapping[str, object] = explained["Plan"]
@@ -218,7 +249,7 @@ class _Questions:
         with self._transaction(), self._connection.cursor(row_factory=class_row(kind)) as cursor:
             return cursor.execute(statement(name, schema=self._schema), parameters).fetchall()
 
-    def _fetch(self, name: str, parameters: Mapping[str, object]) -> list[TupleRow]:
+    def _fetch(self, name: str, parameters: Mapping[str, object] | None = None) -> list[TupleRow]:
         with self._transaction():
             return self._connection.execute(statement(name, schema=self._schema), parameters).fetchall()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from psycopg.sql import Identifier
 
 from outbox_relay.operate.doctor.check import Check, duration
-from outbox_relay.operate.status import how_to_end
+from outbox_relay.operate.doctor.messages import how_to_end_all, who
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,25 +21,46 @@ _OLDEST_VERSION, _NEWEST_VERSION = 14, 18
 _MOST_CLOCK_SECONDS = 5.0
 _MOST_OVERDUE_SECONDS = 3600.0
 _MESSAGES = re.compile(r"outbox(_p\d+)?")  # the table, or its partitions
+_ADVICE = re.compile(r", (?=or |then )")  # where the advice begins in a remedy of `list_defects.sql`
 _MANY_DEAD_TUPLES = 100_000
 _MANY_BYTES = 100 * 2**30
 _FAILSAFE_AGE = 1_600_000_000  # where vacuum drops everything else; at 2^31 the server takes no more writes
 _VERIFYING_MODES = frozenset({"verify-ca", "verify-full"})
 
-# Both as pg_get_indexdef has them, so that they can be compared, and pasted.
-INDEXES: Mapping[str, str] = {
-    "outbox_unpublished_idx": "btree (shard, sequence_no) WHERE ((published_at IS NULL) AND (parked_at IS NULL))",
-    "outbox_parked_idx": ("btree (shard, aggregate_type, aggregate_id, sequence_no) WHERE (parked_at IS NOT NULL)"),
+# By table and name, as pg_get_indexdef has them, so that they can be compared, and pasted.
+INDEXES: Mapping[tuple[str, str], str] = {
+    ("outbox", "outbox_pkey"): "btree (shard, sequence_no)",
+    ("outbox_published", "outbox_published_pkey"): "btree (shard, through)",
+    ("outbox_pending", "outbox_pending_pkey"): "btree (shard, sequence_no)",
+    ("outbox_pending", "outbox_pending_key_idx"): "btree (key_hash, is_unordered, state, sequence_no)",
+    ("outbox_pending", "outbox_pending_waiting_idx"): (
+        "btree (shard, hashtextextended(aggregate_type, (0)::bigint), sequence_no) WHERE (state = 'waiting'::text)"
+    ),
+    ("outbox_unordered", "outbox_unordered_pkey"): "btree (transaction_id)",
 }
 
 # As the migration sets them; another value than ours is somebody's decision.
-VACUUM_OPTIONS: Mapping[str, str] = {
-    "autovacuum_vacuum_scale_factor": "0.05",
-    "autovacuum_vacuum_threshold": "10000",
-    "autovacuum_vacuum_insert_scale_factor": "0.1",
-    "autovacuum_analyze_scale_factor": "0.05",
-    "autovacuum_analyze_threshold": "10000",
-    "autovacuum_vacuum_cost_delay": "1",
+VACUUM_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "outbox": {
+        "autovacuum_vacuum_scale_factor": "0.05",
+        "autovacuum_vacuum_threshold": "10000",
+        "autovacuum_vacuum_insert_scale_factor": "0.1",
+        "autovacuum_analyze_scale_factor": "0.05",
+        "autovacuum_analyze_threshold": "10000",
+        "autovacuum_vacuum_cost_delay": "1",
+    },
+    "outbox_published": {
+        "autovacuum_vacuum_scale_factor": "0.05",
+        "autovacuum_vacuum_threshold": "1000",
+        "autovacuum_analyze_scale_factor": "0.05",
+        "autovacuum_analyze_threshold": "1000",
+        "autovacuum_vacuum_cost_delay": "1",
+    },
+    "outbox_pending": {
+        "autovacuum_vacuum_scale_factor": "0.05",
+        "autovacuum_vacuum_threshold": "1000",
+        "autovacuum_vacuum_cost_delay": "1",
+    },
 }
 
 
@@ -63,10 +84,11 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The columns of `doctor_tables.sql`, `name` is quoted and has its schema."""
+    """The columns of `doctor_tables.sql`: a table or a partition by its quoted `name`, and the table it belongs to."""
 
     name: str
-    holds_messages: bool
+    table_name: str
+    is_logged: bool
     has_autovacuum: bool
     options: Mapping[str, str]
     live_tuples: int
@@ -89,6 +111,7 @@ class Slot:
 class Index:
     """The columns of `doctor_indexes.sql`; `definition` is what follows USING, `parts` are the partitions' indexes."""
 
+    table_name: str
     name: str
     is_primary: bool
     is_valid: bool
@@ -104,6 +127,14 @@ class Partitions:
     partitions: int
     ahead: int
     overdue_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """The columns of `doctor_triggers.sql`, quoted: a trigger that may change or drop rows."""
+
+    name: str
+    table_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,44 +272,60 @@ def check_partition_migrations(states: Sequence[MigrationState], *, schema: str)
         yield _check_line(states, name="schema version of partitions", remedy=f"{_migrate(schema)} --partitioned")
 
 
+def check_defects(defects: Sequence[tuple[str, str]]) -> Iterator[Check]:
+    """Has somebody changed the tables so that a relay refuses to start? The rows of `list_defects.sql`."""
+    return _problems(defects, name="definitions", fine="nothing hides, diverts or forgets what a relay asks for")
+
+
+def check_disagreements(disagreements: Sequence[tuple[str, str]]) -> Iterator[Check]:
+    """Do numbers, marks and shards fit together? The rows of `list_disagreements.sql`."""
+    return _problems(disagreements, name="numbers", fine="sequence, messages, marks and shards fit together")
+
+
+def check_triggers(triggers: Sequence[Trigger]) -> Check:
+    """May a trigger change or drop what applications write, or what relays settle and remove?"""
+    if not triggers:
+        return Check("triggers", "OK", "none changes or drops rows before they are written")
+    named = ", ".join(f"{trigger.name} of {trigger.table_name}" for trigger in triggers)
+    drops = [f"DROP TRIGGER {trigger.name} ON {trigger.table_name};" for trigger in triggers]
+    return Check("triggers", "WARN", f"before a row is written, these may change or drop it: {named}", "\n".join(drops))
+
+
 def check_indexes(found: Sequence[Index], *, schema: str) -> Iterator[Check]:
     """Is each index there, valid, and over what it should be?"""
-    by_name = {index.name: index for index in found}
-    concurrently = _concurrently(found)
-    for name, definition in INDEXES.items():
+    by_name = {(index.table_name, index.name): index for index in found}
+    for (table, name), definition in INDEXES.items():
         check = f"index {name}"
-        index = by_name.get(name)
-        create = f"CREATE INDEX{concurrently} {name} ON {_quoted(schema, 'outbox')} USING {definition};"
+        index = by_name.get((table, name))
+        create = _create_index(table, name, schema=schema)
         if index is None:
             yield Check(check, "FAIL", "is missing", create)
         elif not index.is_valid:
             remedy = f"REINDEX INDEX CONCURRENTLY {_quoted(schema, name)};"
             yield Check(check, "FAIL", "is invalid, no query uses it", remedy)
         elif index.definition != definition:
-            drop = f"DROP INDEX{concurrently} {_quoted(schema, name)};"
-            yield Check(check, "FAIL", f"is {index.definition}", f"{drop}\n{create}")
+            yield Check(check, "FAIL", f"is {index.definition}", f"{_drop_index(index, schema=schema)}\n{create}")
         else:
             yield Check(check, "OK", "is valid")
 
 
 def check_plan(plan: Mapping[str, object], *, found: Sequence[Index], schema: str) -> Check:
-    """Does a claim find messages through the partial index, and not by reading those that are published?"""
-    whole = {part: index.name for index in found for part in index.parts}
+    """Does a lane find the messages above its marks through the primary key, and not by reading published ones?"""
+    name, expected = "plan of the lanes", "outbox_pkey"
+    of_outbox = [index for index in found if index.table_name == "outbox"]
+    whole = {part: index.name for index in of_outbox for part in index.parts}
     scans = [node for node in _nodes(plan) if _MESSAGES.fullmatch(str(node.get("Relation Name")))]
     used = {whole.get(str(node.get("Index Name")), node.get("Index Name")) for node in scans}
-    if used <= INDEXES.keys():
-        return Check("plan of the claim", "OK", "through outbox_unpublished_idx")
-    usable = {index.name for index in found if index.is_valid}
-    if not usable >= INDEXES.keys():
-        return Check("plan of the claim", "FAIL", "reads published messages, for want of an index: see above")
-    others = [index for index in found if index.name in used - INDEXES.keys() and not index.is_primary]
+    if used <= {expected}:
+        return Check(name, "OK", f"through {expected}")
+    if not any(index.name == expected and index.is_valid for index in of_outbox):
+        return Check(name, "FAIL", "reads published messages, for want of an index: see above")
+    others = [index for index in of_outbox if index.name in used - {expected}]
     if others:
         finding = f"through {', '.join(index.name for index in others)}, and so reads published messages as well"
-        drop = f"DROP INDEX{_concurrently(found)}"
-        remedy = "\n".join(f"{drop} {_quoted(schema, index.name)};" for index in others)
-        return Check("plan of the claim", "FAIL", finding, remedy)
+        return Check(name, "FAIL", finding, "\n".join(_drop_index(index, schema=schema) for index in others))
     finding = "reads published messages, because the statistics mislead the planner"
-    return Check("plan of the claim", "FAIL", finding, f"ANALYZE {_quoted(schema, 'outbox')};")
+    return Check(name, "FAIL", finding, f"ANALYZE {_quoted(schema, 'outbox')};")
 
 
 def check_partitions(found: Partitions, *, schema: str) -> Check:
@@ -293,7 +340,7 @@ def check_partitions(found: Partitions, *, schema: str) -> Check:
 
 
 def check_autovacuum(tables: Collection[Table], *, server: Server) -> Check:
-    """Does vacuum come by itself, and as often as marking each message once needs?"""
+    """Does vacuum come by itself, and as often as pruning messages and thinning marks needs?"""
     if not server.has_autovacuum:
         remedy = "ALTER SYSTEM SET autovacuum = on;\nALTER SYSTEM SET track_counts = on;\nSELECT pg_reload_conf();"
         return Check("autovacuum", "FAIL", "off on the whole server", remedy)
@@ -301,7 +348,7 @@ def check_autovacuum(tables: Collection[Table], *, server: Server) -> Check:
     if off:
         resets = [f"ALTER TABLE {table.name} RESET (autovacuum_enabled);" for table in off]
         return Check("autovacuum", "FAIL", f"off for {_names(off)}", "\n".join(resets))
-    unset = [table for table in tables if table.holds_messages and VACUUM_OPTIONS.keys() - table.options.keys()]
+    unset = [table for table in tables if _absent_options(table)]
     if unset:
         finding = f"{_names(unset)} lacks settings of the migration and is vacuumed late"
         return Check("autovacuum", "WARN", finding, "\n".join(_set_options(table) for table in unset))
@@ -316,6 +363,20 @@ def check_dead_tuples(tables: Collection[Table]) -> Check:
         remedy = "\n".join(f"VACUUM (ANALYZE) {table.name};" for table in behind)
         return Check("dead tuples", "WARN", f"{finding} live ones: vacuum does not keep up", remedy)
     return Check("dead tuples", "OK", f"{sum(table.dead_tuples for table in tables):,}")
+
+
+def check_durability(tables: Collection[Table], settings: Sequence[tuple[str, str]]) -> Check:
+    """May a crash of the server take back what is in Kafka, or empty a table? *settings*: `doctor_settings.sql`."""
+    unlogged = [table for table in tables if not table.is_logged]
+    if unlogged:
+        finding = f"a crash of the server empties {_names(unlogged)}"
+        remedy = "\n".join(f"ALTER TABLE {table.name} SET LOGGED;" for table in unlogged)
+        return Check("durability", "FAIL", finding, remedy)
+    if settings:
+        named = ", ".join(name for name, _ in settings)
+        finding = f"a crash of the server may take back a transaction whose message is in Kafka: {named}"
+        return Check("durability", "WARN", finding, "\n".join(remedy for _, remedy in settings))
+    return Check("durability", "OK", "what is committed survives a crash of the server")
 
 
 def check_size(tables: Collection[Table]) -> Check:
@@ -345,14 +406,14 @@ def check_prepared(transactions: Sequence[OpenTransaction]) -> Check:
     prepared = [transaction for transaction in transactions if transaction.gid]
     if not prepared:
         return Check("prepared transactions", "OK", "none has been forgotten")
-    return Check("prepared transactions", "FAIL", _who(prepared), _ends(prepared))
+    return Check("prepared transactions", "FAIL", who(prepared), how_to_end_all(prepared))
 
 
 def check_long_transactions(transactions: Sequence[OpenTransaction], *, server: Server) -> Check:
     """Does a session keep a transaction open, so that vacuum must leave what it may still see?"""
     long = [transaction for transaction in transactions if not transaction.gid]
     if long:
-        return Check("long transactions", "WARN", _who(long), _ends(long))
+        return Check("long transactions", "WARN", who(long), how_to_end_all(long))
     if not server.sees_all_sessions:
         grant = f"GRANT pg_read_all_stats TO {_quoted(server.role_name)};"
         return Check("long transactions", "WARN", "the sessions of other roles cannot be seen", grant)
@@ -372,23 +433,34 @@ def check_slots(slots: Sequence[Slot]) -> Check:
     return Check("replication slots", "WARN", f"not read by anybody: {kept}", remedy)
 
 
-def check_horizon(writers: Sequence[OpenTransaction], *, ordering_timeout: float) -> Check:
-    """Does a writer hold up the messages of everybody else?"""
-    holders = [writer for writer in writers if writer.age_seconds > ordering_timeout]
-    if holders:
-        return Check("horizon", "FAIL", f"held by {_who(holders)}", _ends(holders))
-    return Check("horizon", "OK", f"free; writers at work: {len(writers)}")
-
-
 def _nodes(plan: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     yield plan
     for child in cast("Sequence[Mapping[str, object]]", plan.get("Plans", ())):
         yield from _nodes(child)
 
 
-def _concurrently(found: Collection[Index]) -> str:
-    """Say it where PostgreSQL can: not of the index of a partitioned table."""
-    return "" if any(index.is_partitioned for index in found) else " CONCURRENTLY"
+def _problems(rows: Sequence[tuple[str, str]], *, name: str, fine: str) -> Iterator[Check]:
+    """Yield a check for each problem; behind its statement a remedy may have advice, which cannot be pasted."""
+    for problem, remedy in rows:
+        pasted, *advice = _ADVICE.split(remedy, maxsplit=1)
+        yield Check(name, "FAIL", "; ".join([problem, *advice]), f"{pasted};")
+    if not rows:
+        yield Check(name, "OK", fine)
+
+
+def _create_index(table: str, name: str, *, schema: str) -> str:
+    definition = INDEXES[table, name]
+    if name.endswith("_pkey"):
+        columns = definition.removeprefix("btree ")
+        return f"ALTER TABLE {_quoted(schema, table)} ADD CONSTRAINT {name} PRIMARY KEY {columns};"
+    return f"CREATE INDEX CONCURRENTLY {name} ON {_quoted(schema, table)} USING {definition};"
+
+
+def _drop_index(index: Index, *, schema: str) -> str:
+    """Drop it without blocking anybody where PostgreSQL can: not a constraint, nor that of a partitioned table."""
+    if index.is_primary:
+        return f"ALTER TABLE {_quoted(schema, index.table_name)} DROP CONSTRAINT {_quoted(index.name)};"
+    return f"DROP INDEX{'' if index.is_partitioned else ' CONCURRENTLY'} {_quoted(schema, index.name)};"
 
 
 def _quoted(*names: str) -> str:
@@ -413,22 +485,14 @@ def _migrate(schema: str) -> str:
     return f"outbox-relay migrate apply --schema {schema}"
 
 
+def _absent_options(table: Table) -> list[str]:
+    options = VACUUM_OPTIONS.get(table.table_name, {})
+    return [f"{name} = {value}" for name, value in options.items() if name not in table.options]
+
+
 def _set_options(table: Table) -> str:
-    absent = [f"{name} = {value}" for name, value in VACUUM_OPTIONS.items() if name not in table.options]
-    return f"ALTER TABLE {table.name} SET ({', '.join(absent)});"
+    return f"ALTER TABLE {table.name} SET ({', '.join(_absent_options(table))});"
 
 
 def _names(tables: Collection[Table]) -> str:
     return ", ".join(table.name for table in tables)
-
-
-def _who(transactions: Sequence[OpenTransaction]) -> str:
-    return "; ".join(
-        f"{transaction.gid or f'pid {transaction.pid}'} ({transaction.application_name or transaction.role_name}, "
-        f"{transaction.state}) for {duration(transaction.age_seconds)}"
-        for transaction in transactions
-    )
-
-
-def _ends(transactions: Sequence[OpenTransaction]) -> str:
-    return "\n".join(how_to_end(transaction) for transaction in transactions)

@@ -1,0 +1,2 @@
+-- Tells whether this role may remove messages.
+SELECT has_table_privilege('{schema}.outbox', 'DELETE')
