@@ -18,6 +18,7 @@ import pytest
 
 from tests.fixtures.kafka import running_cluster
 from tests.fixtures.load import insert_messages
+from tests.fixtures.marks import mark, set_aside
 from tests.fixtures.postgres import binaries_of, create_database, running_server, temporary_directory
 from tests.fixtures.stand import JOB, Stand
 from tests.fixtures.waiting import eventually
@@ -35,7 +36,7 @@ ALTER_TOPIC = (
     'kafka-configs.sh --bootstrap-server "$BROKERS" --alter --entity-type topics --entity-name "$TOPIC" --add-config'
 )
 
-DEAD_ROWS = 100
+DEAD_ROWS = 1_000
 BACKLOG = 5_000
 NOT_AT_ONCE = {
     "outbox_relay_failed_deliveries_total": "has a series for each code that was seen",
@@ -44,6 +45,15 @@ NOT_AT_ONCE = {
     "outbox_consumer_messages_total": "is told by applications",
     "outbox_consumer_pruned_messages_total": "the same",
 }
+
+LOCK_SHARD = """
+SELECT FROM outbox_shard WHERE shard = hashtextextended('order:' || %s, 0) & 15 FOR UPDATE
+"""
+
+FALSE_MARK = """
+INSERT INTO outbox_published (shard, through, messages, checksum)
+SELECT shard, sequence_no, 0, 0 FROM outbox WHERE sequence_no = %s
+"""
 
 BURN = """
 CREATE PROCEDURE burn(transactions bigint) LANGUAGE plpgsql AS $$
@@ -85,7 +95,7 @@ def stand(serving: Stand) -> Stand:
 
 def test_nothing_is_even_pending_while_all_is_in_order(stand: Stand) -> None:
     with stand.database.connect(autocommit=True) as admin:
-        admin.execute("VACUUM outbox")
+        admin.execute("VACUUM outbox, outbox_published, outbox_pending")
     eventually(lambda: stand.prometheus.alerts() == [], timeout=60)
     for number in range(20):
         stand.write(f"order-{number}")
@@ -121,6 +131,39 @@ def test_locked_shards_stall_the_relay_until_their_holder_is_ended(stand: Stand)
         assert "by hand" in stand.mend("OutboxRelayStalled")
         with pytest.raises(psycopg.OperationalError):
             person.execute("SELECT")
+
+
+@contextmanager
+def held_shard(stand: Stand, key: str) -> Iterator[int]:
+    """Somebody holds the shard of *key* while a message of it is written; yields its number."""
+    with closing(stand.database.connect(application_name="by hand")) as person:
+        person.execute(LOCK_SHARD, [key])
+        stand.write(key)
+        query = "SELECT max(sequence_no) FROM outbox WHERE aggregate_id = %s"
+        [(number,)] = person.execute(query, [key]).fetchall()
+        yield number
+
+
+def test_a_message_that_waits_where_somebody_holds_the_shard_gets_through_when_he_is_ended(stand: Stand) -> None:
+    with stand.incident("OutboxRelayMessagesWaiting"), held_shard(stand, "order-1") as number:
+        with stand.database.connect() as admin:
+            set_aside(admin, number, state="waiting")
+            mark(admin, shard=shard_of(admin, number), through=number)
+        stand.prometheus.await_firing("OutboxRelayMessagesWaiting")
+        assert "by hand" in stand.mend("OutboxRelayMessagesWaiting")
+
+
+def test_a_message_below_a_mark_that_has_not_counted_it_is_found_and_published(stand: Stand) -> None:
+    with stand.incident("OutboxRelayMessagesSkipped"):
+        with held_shard(stand, "order-1") as number, stand.database.connect() as admin:
+            admin.execute(FALSE_MARK, [number])
+        stand.prometheus.await_firing("OutboxRelayMessagesSkipped")
+        stand.mend("OutboxRelayMessagesSkipped")
+
+
+def shard_of(connection: psycopg.Connection, number: int) -> int:
+    [(shard,)] = connection.execute("SELECT shard FROM outbox WHERE sequence_no = %s", [number]).fetchall()
+    return int(shard)
 
 
 def test_a_relay_that_falls_behind_is_helped_by_a_second_one(stand: Stand) -> None:
@@ -248,7 +291,7 @@ def test_pruning_without_the_privilege_is_noticed_and_granted(stand: Stand) -> N
     # A relay without the privilege would not start.
     with stand.other_relay(retention=1), stand.incident("OutboxRelayPruningFails"):
         with stand.database.connect(autocommit=True) as admin:
-            admin.execute("REVOKE DELETE ON outbox FROM outbox_relay")
+            admin.execute("REVOKE DELETE ON outbox FROM outbox_pruner")
         stand.write("order-1")
         stand.prometheus.await_firing("OutboxRelayPruningFails", timeout=60)
         stand.mend("OutboxRelayPruningFails")

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kafka
 
-SELECT_PARKED = "SELECT sequence_no, parked_reason FROM outbox WHERE parked_at IS NOT NULL ORDER BY sequence_no"
-NO_EVENT = (
-    "unpublishable: header \"ce_tenant\" is '': an attribute of a CloudEvent has no control character, nor is it empty"
-)
+SELECT_PARKED = "SELECT sequence_no, reason FROM outbox_pending WHERE state = 'parked' ORDER BY sequence_no"
+NO_EVENT = "header \"ce_tenant\" is '': an attribute of a CloudEvent has no control character, nor is it empty"
 
 
 def run_once(pipeline: Pipeline, **settings: str) -> subprocess.CompletedProcess[str]:

@@ -169,9 +169,7 @@ def test_its_jobs_and_daemons_bring_the_orders_of_the_shop_to_kafka(
 
 def published(machine: Machine) -> int:
     with psycopg.connect(machine.database.dsn("shop")) as connection:
-        query = (
-            "SELECT count(*) FROM outbox JOIN orders ON aggregate_id = orders.id::text WHERE published_at IS NOT NULL"
-        )
+        query = "SELECT count(*) FROM outbox_message JOIN orders ON aggregate_id = id::text WHERE state = 'published'"
         [(count,)] = connection.execute(query).fetchall()
     return int(count)
 

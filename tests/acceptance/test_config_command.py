@@ -34,7 +34,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.outside("it reads files of the test")
 def test_show_names_the_source_of_every_value(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
-    file.write_text('settle = "delete"\n[kafka]\n"linger.ms" = 7\n')
+    file.write_text('on_poison = "skip"\n[kafka]\n"linger.ms" = 7\n')
     (tmp_path / "dsn").write_text(f"postgresql://u:{SECRET}@h/d\n")
 
     shown = run(
@@ -51,7 +51,7 @@ def test_show_names_the_source_of_every_value(tmp_path: Path) -> None:
         "OUTBOX_RELAY_DATABASE_URL": {"value": "********", "source": "secret file"},
         "OUTBOX_RELAY_LANES": {"value": 3, "source": "environment"},
         "OUTBOX_RELAY_BATCH_SIZE": {"value": 7, "source": "flag"},
-        "OUTBOX_RELAY_SETTLE": {"value": "delete", "source": "TOML file"},
+        "OUTBOX_RELAY_ON_POISON": {"value": "skip", "source": "TOML file"},
         "OUTBOX_RELAY_SYNCHRONOUS_COMMIT": {"value": True, "source": "flag"},
         "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": {"value": "127.0.0.1:1", "source": "environment"},
         "OUTBOX_RELAY_KAFKA__LINGER_MS": {"value": 7, "source": "TOML file"},
@@ -65,7 +65,7 @@ def test_show_for_people_is_a_line_per_setting() -> None:
     lines = [line.split() for line in shown.stdout.splitlines()]
     assert shown.returncode == 0
     assert ["OUTBOX_RELAY_LANES", "3", "(environment)"] in lines
-    assert ["OUTBOX_RELAY_SETTLE", "mark", "(default)"] in lines
+    assert ["OUTBOX_RELAY_ON_POISON", "park", "(default)"] in lines
 
 
 def test_show_prints_the_settings_even_when_librdkafka_refuses_them() -> None:
@@ -108,7 +108,7 @@ def test_schema_is_the_json_schema_of_the_toml_file() -> None:
 
 
 def test_a_wrong_option_is_a_usage_error() -> None:
-    assert run("config", "show", "--settle", "burn").returncode == 2
+    assert run("config", "show", "--on-poison", "burn").returncode == 2
 
 
 def test_no_secret_can_be_given_on_the_command_line() -> None:

@@ -112,22 +112,29 @@ def test_a_healthy_set_up_passes_every_check_but_the_one_broker(healthy: SetUp) 
     }
     assert list(checks) == [
         *("postgresql", "server version", "primary", "tls", "pooler", "clock", "tables", "grants", "schema version"),
-        *("index outbox_unpublished_idx", "index outbox_parked_idx", "plan of the claim", "autovacuum"),
-        *("dead tuples", "table size", "xid age", "prepared transactions", "long transactions"),
-        *("replication slots", "horizon"),
+        *("definitions", "triggers", "numbers", "index outbox_pkey", "index outbox_published_pkey"),
+        *("index outbox_pending_pkey", "index outbox_pending_key_idx", "index outbox_pending_waiting_idx"),
+        "index outbox_unordered_pkey",
+        *("plan of the lanes", "autovacuum", "dead tuples", "table size", "xid age", "durability"),
+        *("prepared transactions", "long transactions", "replication slots"),
+        *("horizon", "shard locks", "backlog", "waiting messages", "parked messages", "late writers", "marks"),
         *("kafka", "kafka authentication", f"topic {healthy.topic}", f"message size of {healthy.topic}"),
         *(f"copies of {healthy.topic}", f"cleanup of {healthy.topic}"),
     ]
 
 
-def test_each_check_is_a_line_with_its_remedy_below(healthy: SetUp) -> None:
+def test_each_finding_is_a_line_with_its_remedy_below_and_what_is_ok_is_counted(healthy: SetUp) -> None:
     with healthy.database.connect(autocommit=True) as admin:
         admin.execute("ALTER TABLE outbox SET (autovacuum_enabled = off)")
-    done = healthy.run()
-    lines = done.stdout.splitlines()
-    at = lines.index("FAIL  autovacuum: off for public.outbox")
-    assert (done.returncode, lines[at + 1]) == (5, "      ALTER TABLE public.outbox RESET (autovacuum_enabled);")
-    assert lines[at + 2].startswith("OK    dead tuples: ")
+    done, every = healthy.run(), healthy.run("--all")
+    finding, remedy, *_, last = done.stdout.splitlines()
+    assert (done.returncode, every.returncode) == (5, 5)
+    assert finding == "FAIL  autovacuum: off for public.outbox"
+    assert remedy == "      ALTER TABLE public.outbox RESET (autovacuum_enabled);"
+    fine = every.stdout.count("\nOK    ") + every.stdout.startswith("OK    ")
+    assert "\nOK    dead tuples: " in every.stdout
+    assert last == f"{fine} checks are OK; --all shows them"
+    assert "OK    " not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -135,20 +142,44 @@ def test_each_check_is_a_line_with_its_remedy_below(healthy: SetUp) -> None:
     [
         ("REVOKE SELECT ON outbox_shard FROM outbox_relay", "grants", "FAIL", "lacks privileges that a relay needs"),
         ('REVOKE outbox_relay FROM "{login}"', "grants", "FAIL", "no member of outbox_relay"),
-        ("DROP INDEX outbox_unpublished_idx", "index outbox_unpublished_idx", "FAIL", "missing"),
-        ("DROP INDEX outbox_parked_idx", "index outbox_parked_idx", "FAIL", "missing"),
+        ("ALTER TABLE outbox DROP CONSTRAINT outbox_pkey", "index outbox_pkey", "FAIL", "missing"),
+        ("DROP INDEX outbox_pending_key_idx", "index outbox_pending_key_idx", "FAIL", "missing"),
         (
-            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'outbox_unpublished_idx'::regclass",
-            "index outbox_unpublished_idx",
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'outbox_published_pkey'::regclass",
+            "index outbox_published_pkey",
             "FAIL",
             "invalid",
         ),
         (
-            "DROP INDEX outbox_unpublished_idx; CREATE INDEX outbox_unpublished_idx ON outbox (shard, sequence_no)",
-            "index outbox_unpublished_idx",
+            "ALTER TABLE outbox DROP CONSTRAINT outbox_pkey, ADD CONSTRAINT outbox_pkey PRIMARY KEY (sequence_no)",
+            "index outbox_pkey",
             "FAIL",
-            "btree (shard, sequence_no)",
+            "btree (sequence_no)",
         ),
+        ("ALTER SEQUENCE outbox_sequence_no_seq CACHE 50", "definitions", "FAIL", "then let all applications connect"),
+        ("ALTER TABLE outbox DISABLE TRIGGER outbox_forget_trigger", "definitions", "FAIL", "outbox_forget_trigger"),
+        ("ALTER TABLE outbox ENABLE ROW LEVEL SECURITY", "definitions", "FAIL", "row level security"),
+        ("CREATE RULE keep AS ON DELETE TO outbox DO INSTEAD NOTHING", "definitions", "FAIL", "rule keep"),
+        ("DELETE FROM outbox_shard WHERE shard = 7", "numbers", "FAIL", "outbox_shard lacks 7"),
+        ("ALTER SEQUENCE outbox_sequence_no_seq RESTART", "numbers", "FAIL", "the sequence went back"),
+        (
+            (
+                "INSERT INTO outbox (aggregate_type, aggregate_id, event_type, sequence_no) OVERRIDING SYSTEM VALUE"
+                " VALUES ('order', '1', 'placed', 4711)"
+            ),
+            "numbers",
+            "FAIL",
+            "the newest message is 4711",
+        ),
+        ('ALTER DATABASE "{database}" SET synchronous_commit = off', "durability", "WARN", "off for all roles"),
+        (
+            'ALTER ROLE a_writer IN DATABASE "{database}" SET synchronous_commit = off',
+            "durability",
+            "WARN",
+            "off for a_writer",
+        ),
+        ("ALTER TABLE outbox_published SET UNLOGGED", "durability", "FAIL", "empties public.outbox_published"),
+        ("ALTER TABLE outbox_published RESET (autovacuum_vacuum_scale_factor)", "autovacuum", "WARN", "vacuumed late"),
         ("ALTER TABLE outbox SET (autovacuum_enabled = off)", "autovacuum", "FAIL", "off for public.outbox"),
         ("ALTER TABLE outbox RESET (autovacuum_vacuum_threshold)", "autovacuum", "WARN", "vacuumed late"),
         ('ALTER ROLE "{login}" SET default_transaction_read_only = on', "primary", "FAIL", "read-only"),
@@ -159,7 +190,7 @@ def test_damage_in_the_database_is_found_and_mended_by_the_remedy(
     healthy: SetUp, damage: str, name: str, status: str, finding: str
 ) -> None:
     with healthy.database.connect(autocommit=True) as admin:
-        admin.execute(damage.format(login=healthy.login).encode())
+        admin.execute(damage.format(login=healthy.login, database=healthy.database.name).encode())
     code, checks = healthy.examine()
     assert (code, checks[name]["status"]) == (5 if status == "FAIL" else 0, status)
     assert finding in checks[name]["finding"]
@@ -270,7 +301,7 @@ def test_a_database_that_is_away_is_a_finding_and_kafka_is_examined(healthy: Set
 
 def test_kafka_that_is_away_is_a_finding_after_those_of_the_database(healthy: SetUp) -> None:
     code, checks = healthy.examine(OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1")
-    assert (code, list(checks)[-2:]) == (5, ["horizon", "kafka"])
+    assert (code, list(checks)[-2:]) == (5, ["marks", "kafka"])
     assert "Connection refused" in checks["kafka"]["finding"]
     assert [name for name, check in checks.items() if check["status"] != "OK"] == ["kafka"]
 

@@ -33,6 +33,14 @@ VALUES ('order', 'order-1', 'happened', '{"attempt": 3}')
 """
 
 
+LOCK_SHARD_OF_KEY = """
+SELECT
+FROM outbox_shard
+WHERE shard = hashtextextended(%s || ':' || %s, 0) & 15
+FOR UPDATE
+"""
+
+
 @contextmanager
 def ready_relay(pipeline: Pipeline, port: ReservedPort) -> Iterator[Daemon]:
     with pipeline.relay(metrics_port=port.number) as relay:
@@ -78,6 +86,31 @@ def test_readiness_turns_red_while_nothing_moves_although_the_process_lives(pipe
         reason = ask(port.number, "/readyz")[1]
         assert re.fullmatch(r"message 1 has been the next of shard \d+ for \d s; 1 stand still\n", reason), reason
         assert ask(port.number, "/livez") == (200, "ok\n")
+        somebody.rollback()
+        pipeline.await_settled()
+        eventually(lambda: ask(port.number, "/readyz") == (200, "ok\n"))
+
+
+def test_readiness_names_the_one_shard_that_somebody_holds_while_the_others_move(pipeline: Pipeline) -> None:
+    port = ReservedPort()
+    with (
+        pipeline.relay(metrics_port=port.number, **WATCHFUL) as relay,
+        pipeline.database.connect(autocommit=True) as writer,
+        pipeline.database.connect() as somebody,
+    ):
+        relay.wait_until_ready()
+        somebody.execute(LOCK_SHARD_OF_KEY, ["order", "order-1"])
+        commit_messages(writer, "order-1")
+        [(shard,)] = writer.execute("SELECT shard FROM outbox").fetchall()
+
+        def turns_red() -> str | None:
+            commit_messages(writer, *(f"order-{number}" for number in range(2, 40)))
+            status, answer = ask(port.number, "/readyz")
+            return answer if status == 503 else None
+
+        reason = eventually(turns_red)
+        assert reason is not None
+        assert re.fullmatch(rf"message 1 has been the next of shard {shard} for \d s; 1 stand still\n", reason), reason
         somebody.rollback()
         pipeline.await_settled()
         eventually(lambda: ask(port.number, "/readyz") == (200, "ok\n"))
@@ -169,8 +202,8 @@ def test_metrics_count_parked_and_late_messages(pipeline: Pipeline) -> None:
         insert_messages(late, "order-2")
         commit_messages(writer, "order-3")
         relay.wait_for_event("writer_given_up")
-        is_overtaken = "SELECT published_at IS NOT NULL FROM outbox WHERE aggregate_id = 'order-3'"
-        eventually(lambda: writer.execute(is_overtaken).fetchone() == (True,))
+        state_of_newer = "SELECT state FROM outbox_message WHERE aggregate_id = 'order-3'"
+        eventually(lambda: writer.execute(state_of_newer).fetchone() == ("published",))
         late.commit()
         pipeline.await_settled()
         names = ("newly_parked_messages", "given_up_writers", "unordered_messages", "late_messages")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from outbox_relay.sandbox.history import History, Outcome
-from outbox_relay.sandbox.judge import judge
+from outbox_relay.sandbox.history import Outcome
 from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages, insert_messages
 from tests.fixtures.pipeline import flaws
@@ -70,19 +69,6 @@ def test_no_message_of_a_key_overtakes_another(pipeline: Pipeline, relays: int, 
     assert flaws(verdict) == {}
 
 
-def test_without_ordering_messages_overtake_and_say_so(pipeline: Pipeline) -> None:
-    with pipeline.relays(2, ordering="none"):
-        with pipeline.load(Plan(writers=12, keys=3, longest_hold=0.05)) as load:
-            load.await_more(4_000)
-        pipeline.await_settled()
-    records = pipeline.records()
-    assert all(record.is_unordered for record in records)
-    unmarked = [replace(record, is_unordered=False) for record in records]
-    verdict = judge(History(load.writes, pipeline.rows(), unmarked))
-    assert verdict.reordered
-    assert flaws(verdict).keys() == {"reordered"}
-
-
 def left_open(writer: psycopg.Connection) -> Forgotten:
     """Leave *writer* in its transaction; give what names it, and how it ends."""
     return {"pid": writer.info.backend_pid, "application_name": "forgetful shop"}, writer.commit
@@ -106,7 +92,7 @@ def test_a_forgotten_writer_delays_others_by_the_ordering_timeout_at_most(
     pipeline: Pipeline, forget: Callable[[psycopg.Connection], Forgotten]
 ) -> None:
     with (
-        login(pipeline.database, group="outbox_relay, pg_read_all_stats") as role,
+        login(pipeline.database, group="outbox_relay, outbox_pruner, pg_read_all_stats") as role,
         pipeline.relays(
             2,
             ordering_timeout=ORDERING_TIMEOUT,

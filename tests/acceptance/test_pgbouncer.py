@@ -52,7 +52,9 @@ def test_a_killed_relay_leaves_its_shards_to_the_other_at_once(pipeline: Pipelin
 
 
 @pytest.mark.parametrize(
-    "arguments", [["status"], ["doctor"], ["parked", "list"], ["prune", "--older-than", "1d", "--yes"]], ids=" ".join
+    "arguments",
+    [["status"], ["doctor"], ["parked", "list"], ["prune", "--older-than", "1d", "--yes"], ["reconcile", "--repair"]],
+    ids=" ".join,
 )
 def test_the_commands_work_behind_it(pipeline: Pipeline, pooled_dsn: str, arguments: list[str]) -> None:
     with pipeline.database.connect() as writer:

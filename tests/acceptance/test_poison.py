@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,19 +28,29 @@ PEAK_MEMORY_BYTES = 250 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Poison:
-    """A message that Kafka would never take, and what the parked reason must name: the value and the remedy."""
+    """A message that Kafka would never take, its code, and what the reason must name: the value and the remedy."""
 
     aggregate_type: str = "order"
+    key: str = "guilty"
     payload: bytes | None = b"x"
     headers: str = "{}"
+    code: str = "unpublishable"
     reason: tuple[str, ...] = ()
 
 
 POISONS = {
-    "too large": Poison(payload=os.urandom(1_200_000), reason=("1,200,", "message.max.bytes")),
-    "far too large": Poison(payload=bytes(9_000_000), reason=("9,000,0", "shrink it")),
+    "too large": Poison(
+        payload=os.urandom(1_200_000), code="MSG_SIZE_TOO_LARGE", reason=("1,200,", "message.max.bytes")
+    ),
+    "far too large": Poison(payload=bytes(9_000_000), code="MSG_SIZE_TOO_LARGE", reason=("9,000,0", "shrink it")),
+    "key too large": Poison(key=os.urandom(600_000).hex(), code="MSG_SIZE_TOO_LARGE", reason=("message.max.bytes",)),
     "header is no string": Poison(headers='{"attempt": 3}', reason=('header "attempt" is 3', "a header is a string")),
     "header is the relay's": Poison(headers='{"id": "7"}', reason=('header "id"', "choose another name")),
+    "header is no string, key is in no index": Poison(
+        key=base64.b85encode(os.urandom(80_000)).decode(),
+        headers='{"attempt": 3}',
+        reason=('header "attempt" is 3',),
+    ),
     "illegal topic": Poison("or der", reason=("or der", "OUTBOX_RELAY_TOPIC_MAP")),
     "topic too long": Poison("o" * 250, reason=("o" * 250, "OUTBOX_RELAY_TOPIC_MAP")),
 }
@@ -68,11 +79,11 @@ def insert_rows(connection: Connection, *, aggregate_type: str, rows: int, keys:
     connection.commit()
 
 
-def reasons(pipeline: Pipeline) -> list[str]:
-    """The reasons of parked messages, in sequence order."""
+def reasons(pipeline: Pipeline) -> list[tuple[str, str]]:
+    """The reasons of parked messages, each a code and a text, in sequence order."""
     with pipeline.database.connect() as connection:
-        query = "SELECT parked_reason FROM outbox WHERE parked_at IS NOT NULL ORDER BY sequence_no"
-        return [reason for (reason,) in connection.execute(query)]
+        query = "SELECT reason_code, reason FROM outbox_pending WHERE state = 'parked' ORDER BY sequence_no"
+        return connection.execute(query).fetchall()
 
 
 def numbers(records: list[Record], *, key: str) -> list[int]:
@@ -86,16 +97,16 @@ def test_poison_parks_only_the_later_messages_of_its_key(pipeline: Pipeline, poi
     successor = Poison(aggregate_type=poison.aggregate_type)
     with pipeline.relays(1), pipeline.database.connect() as writer:
         writes = commit_messages(writer, "order-before", "order-other")
-        insert(writer, poison, key="guilty")
-        insert(writer, successor, key="guilty")
+        insert(writer, poison, key=poison.key)
+        insert(writer, successor, key=poison.key)
         writes += commit_messages(writer, "order-other", "payment-1")
         pipeline.await_settled()
-        insert(writer, successor, key="guilty")
+        insert(writer, successor, key=poison.key)
         pipeline.await_settled()
     assert pipeline.states() == [PUBLISHED, PUBLISHED, PARKED, PARKED, PUBLISHED, PUBLISHED, PARKED]
-    own, *behind = reasons(pipeline)
-    assert [part for part in poison.reason if part not in own] == []
-    assert all("parked" in reason for reason in behind)
+    (code, own), *behind = reasons(pipeline)
+    assert (code, [part for part in poison.reason if part not in own]) == (poison.code, [])
+    assert behind == [("behind_parked", "an earlier message of the key is parked")] * 2
     assert flaws(pipeline.judge(writes)) == {}
 
 
@@ -105,7 +116,8 @@ def test_a_topic_outside_the_allowed_ones_is_parked(pipeline: Pipeline) -> None:
         commit_messages(writer, "order-1", "payment-1", "order-1")
         pipeline.await_settled()
     assert pipeline.states() == [PUBLISHED, PARKED, PUBLISHED]
-    [reason] = reasons(pipeline)
+    [(code, reason)] = reasons(pipeline)
+    assert code == "unpublishable"
     assert pipeline.topic("payment") in reason
     assert "OUTBOX_RELAY_ALLOWED_TOPICS" in reason
 
@@ -181,7 +193,9 @@ def test_only_the_message_that_a_topic_refuses_alone_is_parked(narrow: Pipeline)
     records = narrow.records()
     assert numbers(records, key="order-0") == list(range(1, 51, 5))
     assert numbers(records, key="order-1") == [*range(2, 51, 5), *range(53, 102, 5)]
-    assert [part for part in ("3,", "max.message.bytes", narrow.topic("order")) if part not in reasons(narrow)[0]] == []
+    code, reason = reasons(narrow)[0]
+    assert code == "MSG_SIZE_TOO_LARGE"
+    assert [part for part in ("3,", "max.message.bytes", narrow.topic("order")) if part not in reason] == []
 
 
 def test_memory_stays_bounded_while_large_messages_pass(pipeline: Pipeline) -> None:

@@ -38,7 +38,7 @@ def shop(database: Database) -> Database:
 def outbox(database: Database) -> list[tuple[str, str, str, object, bool]]:
     with database.connect() as connection:
         return connection.execute(
-            "SELECT aggregate_type, aggregate_id, event_type, payload, published_at IS NOT NULL FROM outbox"
+            "SELECT aggregate_type, aggregate_id, event_type, payload, state = 'published' FROM outbox_message"
             " ORDER BY sequence_no"
         ).fetchall()
 

@@ -16,6 +16,7 @@ from outbox_relay.sandbox.history import State
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.daemon import outbox_relay
 from tests.fixtures.load import Plan, commit_messages
+from tests.fixtures.marks import mark, set_aside
 from tests.fixtures.pipeline import flaws
 from tests.fixtures.postgres import login
 from tests.fixtures.probes import ask
@@ -27,15 +28,19 @@ if TYPE_CHECKING:
     from tests.fixtures.pipeline import Pipeline
     from tests.fixtures.postgres import Database
 
-INSERT_OLD = """
-INSERT INTO outbox (aggregate_type, aggregate_id, event_type, created_at, published_at)
-SELECT 'order', number, 'placed', now() - interval '9 days', now() - interval '8 days'
-FROM generate_series(1, 700) AS number
+DAY = 86_400.0
+INSERT = """
+INSERT INTO outbox (aggregate_type, aggregate_id, event_type)
+SELECT 'order', 'order-' || number, 'placed' FROM generate_series(1, %s) AS number
+RETURNING sequence_no
 """
-INSERT_PARKED = """
-INSERT INTO outbox (aggregate_type, aggregate_id, event_type, created_at, parked_at)
-VALUES ('order', 'order-1', 'placed', now() - interval '9 days', now() - interval '8 days')
-"""
+
+
+def publish(admin: Connection, count: int, *, days_ago: float) -> list[int]:
+    """Insert messages that were published so many days ago."""
+    numbers = [row[0] for row in admin.execute(INSERT, [count]).fetchall()]
+    mark(admin, age_seconds=days_ago * DAY)
+    return numbers
 
 
 def prune(database_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +66,7 @@ def count(database: Database) -> int:
 @pytest.mark.slow
 def test_pruning_beside_relays_and_writers_loses_nothing(pipeline: Pipeline) -> None:
     with pipeline.database.connect(autocommit=True) as admin:
-        admin.execute(INSERT_PARKED)
+        set_aside(admin, *publish(admin, 1, days_ago=8))
     plan = Plan(writers=4, bulk_rows=100)
     with pipeline.relays(2, retention="1s", log_level="debug") as relays, ThreadPoolExecutor(1) as cron:
         with pipeline.load(plan) as load:
@@ -90,10 +95,10 @@ def test_an_outbox_is_partitioned_and_partitions_come_and_go_beside_relays_and_w
             migrate.apply(admin, schema="public", line="partitioned")
             admin.execute("UPDATE outbox_partition SET open_for = '1 second'")
             load.await_more(1_000)
-            eventually(lambda: first_partition(admin) > 0, timeout=60, message="the first partition is not dropped")
+            eventually(lambda: first_partition(admin) > 0, timeout=120, message="the first partition is not dropped")
             load.await_more(2_000)
         pipeline.await_settled()
-        eventually(lambda: count(pipeline.database) == 0, timeout=60, message="published messages are kept")
+        eventually(lambda: count(pipeline.database) == 0, timeout=120, message="published messages are kept")
         for relay in relays:
             relay.terminate()
             assert relay.wait() == 0
@@ -108,7 +113,7 @@ def first_partition(admin: Connection) -> int:
 @pytest.mark.kafka
 def test_a_relay_keeps_what_is_young_and_everything_with_a_retention_of_zero(pipeline: Pipeline) -> None:
     with pipeline.database.connect(autocommit=True) as admin:
-        admin.execute(INSERT_OLD)
+        publish(admin, 700, days_ago=8)
     with pipeline.relay(retention=0) as relay, pipeline.database.connect() as writer:
         commit_messages(writer, "order-1")
         relay.wait_for_event("relay_started")
@@ -136,14 +141,14 @@ def test_a_relay_that_cannot_prune_says_so_and_goes_on_publishing(pipeline: Pipe
         assert ask(port.number, "/readyz") == (200, "ok\n")
         assert "outbox_relay_failed_prunings_total 0.0" not in ask(port.number, "/metrics")[1]
         blocker.rollback()
-        eventually(lambda: count(pipeline.database) == 0, timeout=30, message="it does not try again")
+        eventually(lambda: count(pipeline.database) == 0, timeout=90, message="it does not try again")
     assert flaws(pipeline.judge(writes)) == {}
 
 
 def test_cron_prunes_as_a_login_that_may_do_nothing_else(database: Database) -> None:
     with database.connect(autocommit=True) as admin:
-        admin.execute(INSERT_OLD)
-        admin.execute(INSERT_PARKED)
+        set_aside(admin, *publish(admin, 1, days_ago=8))
+        publish(admin, 700, days_ago=8)
     with login(database, group="outbox_pruner") as name:
         url = make_conninfo(database.dsn, user=name)
         refused = prune(url)
@@ -153,10 +158,24 @@ def test_cron_prunes_as_a_login_that_may_do_nothing_else(database: Database) -> 
         assert (counted.returncode, counted.stdout) == (0, "700 messages would be removed\n")
         assert count(database) == 701
         longer = prune(url, "--older-than", "9d", "--yes", "--json")
-        assert json.loads(longer.stdout) == {"pruned_messages": 0, "pruned_unordered": 0}
+        assert json.loads(longer.stdout) == {"pruned_messages": 0, "pruned_unordered": 0, "skipped_messages": 0}
         pruned = prune(url, "--older-than", "7d", "--yes", "--json")
         assert (pruned.returncode, pruned.stderr) == (0, "")
-        assert json.loads(pruned.stdout) == {"pruned_messages": 700, "pruned_unordered": 0}
+        assert json.loads(pruned.stdout) == {"pruned_messages": 700, "pruned_unordered": 0, "skipped_messages": 0}
+    assert count(database) == 1
+
+
+def test_a_prune_says_what_was_skipped_and_keeps_it(database: Database) -> None:
+    with database.connect(autocommit=True) as admin:
+        admin.execute("SELECT nextval('outbox_sequence_no_seq')")
+        publish(admin, 700, days_ago=8)
+        admin.execute(
+            "INSERT INTO outbox (aggregate_type, aggregate_id, event_type, sequence_no)"
+            " OVERRIDING SYSTEM VALUE VALUES ('order', 'order-1', 'placed', 1)"
+        )
+    pruned = prune(database.dsn, "--older-than", "7d", "--yes")
+    assert (pruned.returncode, pruned.stdout) == (0, "700 messages removed\n")
+    assert pruned.stderr == "skipped messages that stay, for a relay publishes them now: 1\n"
     assert count(database) == 1
 
 

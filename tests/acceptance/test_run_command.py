@@ -47,9 +47,9 @@ def login(pipeline: Pipeline) -> Iterator[str]:
         admin.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))
 
 
-def grant_relay(pipeline: Pipeline, login: str) -> None:
+def grant(pipeline: Pipeline, group: str, login: str) -> None:
     with pipeline.database.connect() as admin:
-        admin.execute(sql.SQL("GRANT outbox_relay TO {}").format(sql.Identifier(login)))
+        admin.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(group), sql.Identifier(login)))
 
 
 def test_once_publishes_what_is_there_and_exits_with_0(pipeline: Pipeline) -> None:
@@ -60,14 +60,6 @@ def test_once_publishes_what_is_there_and_exits_with_0(pipeline: Pipeline) -> No
     assert flaws(pipeline.judge(writes)) == {}
     assert run(pipeline, "--once").returncode == 0
     assert flaws(pipeline.judge(writes)) == {}
-
-
-def test_settling_by_deletion_leaves_no_rows(pipeline: Pipeline) -> None:
-    with pipeline.database.connect() as writer:
-        writes = commit_messages(writer, "order-1", "order-2", "order-1")
-    assert run(pipeline, "--once", "--settle", "delete").returncode == 0
-    assert pipeline.rows() == []
-    assert {record.message_id for record in pipeline.records()} == {write.message_id for write in writes}
 
 
 def test_once_exits_with_4_while_kafka_is_away(pipeline: Pipeline) -> None:
@@ -96,7 +88,7 @@ def test_once_exits_with_4_when_a_topic_does_not_exist(pipeline: Pipeline) -> No
     assert finished.stderr.splitlines()[-1] == (
         f"outbox-relay: cannot write to {pipeline.topic('refund')}: create the topic, or grant access to it"
     )
-    assert pipeline.states() == [State.PUBLISHED, State.UNPUBLISHED]
+    assert pipeline.states() == [State.PUBLISHED, State.WAITING]
 
 
 def test_a_database_url_that_is_none_exits_with_3_without_showing_it(pipeline: Pipeline) -> None:
@@ -115,17 +107,23 @@ def test_missing_tables_exit_with_3_and_the_command_that_makes_them(pipeline: Pi
 
 
 def test_a_missing_grant_exits_with_3_and_the_grant(pipeline: Pipeline, login: str) -> None:
-    refused = run(pipeline, database_url=make_conninfo(pipeline.database.dsn, user=login))
+    dsn = make_conninfo(pipeline.database.dsn, user=login)
+    refused = run(pipeline, database_url=dsn)
     assert refused.returncode == 3
     assert f"`GRANT outbox_relay TO {login}`" in refused.stderr
 
-    grant_relay(pipeline, login)
-    with pipeline.database.connect() as admin:
-        admin.execute("REVOKE UPDATE (published_at) ON outbox FROM outbox_relay")
-        admin.commit()
-        refused = run(pipeline, database_url=make_conninfo(pipeline.database.dsn, user=login))
+    grant(pipeline, "outbox_relay", login)
+    with pipeline.database.connect(autocommit=True) as admin:
+        admin.execute("REVOKE INSERT ON outbox_published FROM outbox_relay")
+        refused = run(pipeline, database_url=dsn)
+        assert refused.returncode == 3
+        assert f"GRANT INSERT ON public.outbox_published TO {login}" in refused.stderr
+        admin.execute("GRANT INSERT ON outbox_published TO outbox_relay")
+
+    refused = run(pipeline, database_url=dsn)
     assert refused.returncode == 3
-    assert f"GRANT UPDATE (published_at) ON public.outbox TO {login}" in refused.stderr
+    assert f"GRANT outbox_pruner TO {login}" in refused.stderr
+    assert run(pipeline, "--once", database_url=dsn, retention=0).returncode == 0
 
 
 def test_an_unknown_setting_exits_with_3_and_the_one_that_was_meant(pipeline: Pipeline) -> None:
@@ -136,12 +134,11 @@ def test_an_unknown_setting_exits_with_3_and_the_one_that_was_meant(pipeline: Pi
     )
 
 
-@pytest.mark.parametrize("settle", ["mark", "delete"])
-def test_the_group_role_can_do_all_that_the_relay_does(pipeline: Pipeline, login: str, settle: str) -> None:
-    grant_relay(pipeline, login)
+def test_the_group_role_can_do_all_that_the_relay_does(pipeline: Pipeline, login: str) -> None:
+    grant(pipeline, "outbox_relay", login)
     dsn = make_conninfo(pipeline.database.dsn, user=login)
     with (
-        pipeline.relays(1, database_url=dsn, settle=settle, ordering_timeout=0.5) as [relay],
+        pipeline.relays(1, database_url=dsn, retention=0, ordering_timeout=0.5) as [relay],
         pipeline.database.connect() as writer,
         pipeline.database.connect() as forgetful,
     ):
@@ -150,24 +147,24 @@ def test_the_group_role_can_do_all_that_the_relay_does(pipeline: Pipeline, login
         commit_messages(writer, "order-1")
         relay.wait_for_event("writer_given_up")
         forgetful.commit()
+        relay.wait_for_event("late_messages_found")
         writer.execute(INSERT_POISON)
         writer.commit()
         relay.wait_for_event("messages_parked")
         pipeline.await_settled()
         relay.terminate()
         assert relay.wait() == 0
-    kept = [State.PUBLISHED] * 3 if settle == "mark" else []
-    assert pipeline.states() == [*kept, State.PARKED]
+    assert pipeline.states() == [*[State.PUBLISHED] * 3, State.PARKED]
     assert len(pipeline.records()) == 3
 
 
 def test_no_secret_reaches_the_log(pipeline: Pipeline, login: str) -> None:
-    grant_relay(pipeline, login)
+    grant(pipeline, "outbox_relay", login)
     secrets = {
         "database_url": make_conninfo(pipeline.database.dsn, user=login, password="open sesame"),  # noqa: S106 -- looked for below
         "kafka__sasl_password": "a very secret word",
     }
-    with pipeline.relays(1, log_level="debug", **secrets) as [relay]:
+    with pipeline.relays(1, log_level="debug", retention=0, **secrets) as [relay]:
         with pipeline.database.connect() as writer:
             commit_messages(writer, "order-1")
         relay.wait_for_event("batch_published")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tests.fixtures.daemon import outbox_relay
+from tests.fixtures.marks import mark, set_aside
 from tests.fixtures.outbox import insert
 
 if TYPE_CHECKING:
@@ -61,6 +62,26 @@ def test_a_writer_is_named_with_the_statement_that_ends_it(database: Database) -
         pid = writer.info.backend_pid
     assert last.startswith(f"  pid {pid} (checkout), idle in transaction, ")
     assert f": SELECT pg_terminate_backend({pid});  -- last query: INSERT INTO outbox" in last
+
+
+def test_what_waits_is_told_with_its_reasons_and_whoever_holds_shards_with_what_ends_him(database: Database) -> None:
+    with database.connect(application_name="by hand") as person, database.connect(autocommit=True) as admin:
+        insert(admin, "1", "2", "3", created_at="2001-01-01")
+        set_aside(admin, 1, state="waiting", reason_code="late\x1b")
+        set_aside(admin, 2, state="parked")
+        mark(admin, through=2)
+        person.execute("SELECT FROM outbox_shard FOR UPDATE")
+        lines = status(database).stdout.splitlines()
+        pid = person.info.backend_pid
+    assert [*lines[:1], *lines[2:5]] == [
+        "unpublished   2",
+        "waiting       1; late\\x1b: 1",
+        "parked        1 of 1 keys",
+        "shards held   by 1, who are no relays",
+    ]
+    assert lines[1].startswith("oldest        ")
+    assert lines[5].startswith(f"  pid {pid} (by hand), idle in transaction, ")
+    assert lines[6] == "open writers  0"
 
 
 def test_watching_prints_an_object_a_line_until_it_is_interrupted(database: Database) -> None:

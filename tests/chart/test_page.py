@@ -85,4 +85,5 @@ def test_the_logins_of_the_page_are_enough_to_migrate_to_write_and_to_relay(
     relayed = Container(rendered, one(rendered, "Deployment"), directory=tmp_path, secrets=secrets).run()
     assert relayed.returncode == 0, relayed.stderr
     with psycopg.connect(server.dsn()) as admin:
-        assert admin.execute("SELECT count(*) FROM outbox WHERE published_at IS NOT NULL").fetchone() == (1,)
+        published = "SELECT count(*) FROM outbox_message WHERE state = 'published'"
+        assert admin.execute(published).fetchone() == (1,)

@@ -66,6 +66,7 @@ def values_for(pipeline: Pipeline, port: ReservedPort) -> list[str]:
         "config.topic_template": pipeline.topic("{aggregate_type}"),
         "config.metrics_host": "127.0.0.1",
         "config.metrics_port": port.number,
+        "config.retention": 0,  # or the login would have to be a pruner's, too
         "database.existingSecret": "login",
     }
     return ["--values", str(MINIMAL), *given(settings)]
@@ -100,6 +101,7 @@ def test_metrics_are_served_with_the_certificate_of_the_secret(helm: Helm, tmp_p
     values = {
         "config.metrics_host": "127.0.0.1",
         "config.metrics_port": port.number,
+        "config.retention": 0,  # or the login would have to be a pruner's, too
         "database.existingSecret": "login",
     }
     rendered = helm.render("--values", MINIMAL, *given(values | {"metrics.tls.certificateSecret": "relay-tls"}))

@@ -79,7 +79,7 @@ def refusal(helm: Helm, values: Mapping[str, object]) -> str:
         ({"config.lane": 3}, "at '/config': additional properties 'lane' not allowed"),
         ({"config.lanes": 17}, "at '/config/lanes': maximum: got 17, want 16"),
         ({"config.lanes": "many"}, "at '/config/lanes': got string, want integer"),
-        ({"config.settle": "keep"}, "at '/config/settle': value must be one of 'mark', 'delete'"),
+        ({"config.on_poison": "drop"}, "at '/config/on_poison': value must be one of 'park', 'skip'"),
         ({"config.schema": "My Schema"}, "at '/config/schema': 'My Schema' does not match pattern"),
         ({"config.metrics_port": 0}, "at '/config/metrics_port': minimum: got 0, want 1"),
         ({"config.database_url": "postgresql://"}, "at '/config': additional properties 'database_url' not allowed"),

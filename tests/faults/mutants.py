@@ -13,37 +13,55 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from outbox_relay.__main__ import main
-from outbox_relay.relay.claim import Floors, claim
+from outbox_relay.relay import claim as claim_stage
+from outbox_relay.relay.claim import claim_shards
+from outbox_relay.relay.horizon import Horizon, observe
+from outbox_relay.relay.marks import Marks
 from outbox_relay.relay.message import Addressing, prepare
 from outbox_relay.relay.publish import Publisher
-from outbox_relay.relay.settle import Settlement
-from outbox_relay.relay.watch import WatchOptions
+from outbox_relay.relay.read import read_messages
+from outbox_relay.relay.reconcile import Reconciler
+from outbox_relay.relay.settle import Settlement, record_marks
+from outbox_relay.relay.stint import Stint
+from outbox_relay.relay.watch import HorizonWatch
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from outbox_relay.relay.claim import Batch
-    from outbox_relay.relay.failures import Outcome
-    from outbox_relay.relay.message import Message, Prepared, Record
+    from psycopg import Connection
 
-SHARD_LOCK = b"FOR UPDATE OF outbox_shard SKIP LOCKED"
-ROW_LOCK = b"FOR UPDATE OF outbox\n"
+    from outbox_relay.relay.claim import Claim
+    from outbox_relay.relay.failures import Outcome
+    from outbox_relay.relay.horizon import Observation
+    from outbox_relay.relay.message import Message, Prepared, Record
+    from outbox_relay.relay.read import Batch
+
 DROPPED_HEADER = "event_type"
 
 
-def skips_locked_rows() -> None:
-    """Claims rows instead of shards, as the textbooks have it."""
+def changed(module: str, name: str, *changes: tuple[bytes, bytes]) -> None:
+    """Let *module* use the statement *name* with other words."""
 
-    def changed(name: str, *, schema: str | None) -> bytes:
-        text = statement(name, schema=schema)
-        if name == "claim":
-            assert SHARD_LOCK in text
-            assert ROW_LOCK in text
-            text = text.replace(SHARD_LOCK, b"").replace(ROW_LOCK, b"FOR UPDATE OF outbox SKIP LOCKED\n")
+    def statement_with_changes(wanted: str, *, schema: str | None) -> bytes:
+        text = statement(wanted, schema=schema)
+        for before, after in changes if wanted == name else ():
+            assert text.count(before) == 1
+            text = text.replace(before, after)
         return text
 
-    patch("outbox_relay.relay.claim.statement", changed).start()
+    patch(f"outbox_relay.relay.{module}.statement", statement_with_changes).start()
+
+
+def never_reconciles() -> None:
+    """Trusts its marks."""
+    patch.object(Reconciler, "run", lambda _reconciler: None).start()
+
+
+def skips_locked_rows() -> None:
+    """Locks rows instead of shards, as the textbooks have it."""
+    changed("claim", "claim_shards", (b"FOR UPDATE OF outbox_shard SKIP LOCKED", b""))
+    changed("read", "read_messages", (b") AS found", b"FOR UPDATE OF outbox SKIP LOCKED) AS found"))
 
 
 def marks_before_the_acknowledgement() -> None:
@@ -59,39 +77,106 @@ def marks_before_the_acknowledgement() -> None:
 
 
 def marks_the_whole_batch() -> None:
-    """Marks what failed, together with what did not."""
+    """Takes for published what failed, together with what did not."""
 
-    def decide(messages: Sequence[Message], _outcomes: object, **_options: object) -> Settlement:
+    def decide(messages: Sequence[Message], outcomes: list[Outcome], **_options: object) -> Settlement:
+        outcomes[:] = [None] * len(outcomes)
         return Settlement(published=list(messages))
 
     patch("outbox_relay.relay.loop.decide", decide).start()
 
 
+def moves_its_marks_past_what_is_unsettled() -> None:
+    """Goes on behind the messages of a batch that was refused as a whole."""
+
+    def take_in(self: Stint, messages: Sequence[Message], settlement: Settlement) -> None:
+        really_take_in(self, messages, replace(settlement, unsettled=[]))
+
+    really_take_in = Stint.take_in
+    patch.object(Stint, "take_in", take_in).start()
+
+
+def forgets_what_is_pending() -> None:
+    """Lets its marks pass what Kafka does not have, and writes it down nowhere."""
+    patch("outbox_relay.relay.loop.set_aside", lambda _connection, _asides, *, schema: None).start()  # noqa: ARG005 -- likewise
+
+
+def leaves_a_hole_in_what_it_reads() -> None:
+    """Misses the second of several messages, once."""
+    never_reconciles()
+    misses = iter([1])
+
+    def read(connection: Connection, claim: Claim, **options: Any) -> Batch:  # noqa: ANN401 -- those of read_messages
+        batch = read_messages(connection, claim, **options)
+        missed = next(misses, 0) if len(batch.messages) > 2 else 0
+        return replace(batch, messages=batch.messages[:missed] + batch.messages[missed + 1 :]) if missed else batch
+
+    patch("outbox_relay.relay.loop.read_messages", read).start()
+
+
+def keeps_its_marks_from_one_stint_to_the_next() -> None:
+    """Believes that nobody else moves them."""
+    kept: dict[int, int] = {}
+
+    def claim(connection: Connection, **options: Any) -> Claim:  # noqa: ANN401 -- those of claim_shards
+        claim = claim_shards(connection, **options)
+        return replace(
+            claim, marks=Marks({shard: kept.get(shard, mark) for shard, mark in claim.marks.through.items()})
+        )
+
+    def record(connection: Connection, marks: Marks, *, schema: str) -> int:
+        kept.update(marks.through)
+        return record_marks(connection, marks, schema=schema)
+
+    never_reconciles()
+    patch("outbox_relay.relay.loop.claim_shards", claim).start()
+    patch("outbox_relay.relay.loop.record_marks", record).start()
+
+
 def has_no_horizon() -> None:
-    """Publishes what is committed, whatever lower numbers are still to appear; sweeps find those later."""
+    """Publishes what is committed, whatever lower numbers are still to appear, and never looks below its marks."""
 
-    def unordered(**options: Any) -> WatchOptions:  # noqa: ANN401 -- those of WatchOptions
-        return WatchOptions(**{**options, "is_ordered": False})
+    def nobody_runs(connection: Connection, *, schema: str) -> Observation:
+        return replace(observe(connection, schema=schema), running=frozenset())
 
-    patch("outbox_relay.cli.run.WatchOptions", unordered).start()
+    never_reconciles()
+    patch("outbox_relay.relay.horizon.observe", nobody_runs).start()
 
 
-def reads_by_offset() -> None:
-    """Remembers the last number it has read, and never looks below."""
-    has_no_horizon()
+def ignores_the_epoch() -> None:
+    """Claims by a horizon that was found for other numbers."""
 
-    def to_the_last_message(*arguments: Any, **named: Any) -> Batch:  # noqa: ANN401 -- those of claim
-        return replace(claim(*arguments, **named), drained=[])
+    really_read_marks = claim_stage._read_marks  # noqa: SLF001 -- that is what it breaks
 
-    patch("outbox_relay.relay.loop.claim", to_the_last_message).start()
-    patch.object(Floors, "forget", lambda floors: list(floors._floors)).start()  # noqa: SLF001 -- that is what it breaks
+    def read_marks(*arguments: Any, **named: Any) -> Claim:  # noqa: ANN401 -- those of _read_marks
+        return replace(really_read_marks(*arguments, **named), is_of_epoch=True)
+
+    never_reconciles()
+    patch.object(claim_stage, "_read_marks", read_marks).start()
+
+
+def keeps_the_horizon_of_other_numbers() -> None:
+    """Does not notice that the numbers begin anew."""
+    ignores_the_epoch()
+    patch.object(Horizon, "reset", lambda _horizon: None).start()
+    patch.object(HorizonWatch, "reset", lambda _watch: None).start()
+
+
+def counts_late_messages() -> None:
+    """Reads by its marks what comes through outbox_pending, too."""
+    never_reconciles()
+    changed(
+        "read",
+        "read_messages",
+        (b"outbox.transaction_id NOT IN (SELECT late.transaction_id FROM late)", b"true"),
+    )
 
 
 def ignores_parked_messages() -> None:
     """Publishes what comes behind a parked message."""
 
     def heedless(messages: Sequence[Message], **options: Any) -> Prepared:  # noqa: ANN401 -- those of prepare
-        return prepare([message._replace(is_behind_parked=False) for message in messages], **options)
+        return prepare(messages, **{**options, "why_held_back": None})
 
     patch("outbox_relay.relay.loop.prepare", heedless).start()
 
@@ -126,11 +211,18 @@ def partitions_as_librdkafka_does() -> None:
 MUTANTS: dict[str, Callable[[], None]] = {
     mutant.__name__: mutant
     for mutant in (
+        never_reconciles,
         skips_locked_rows,
         marks_before_the_acknowledgement,
         marks_the_whole_batch,
+        moves_its_marks_past_what_is_unsettled,
+        forgets_what_is_pending,
+        leaves_a_hole_in_what_it_reads,
+        keeps_its_marks_from_one_stint_to_the_next,
         has_no_horizon,
-        reads_by_offset,
+        ignores_the_epoch,
+        keeps_the_horizon_of_other_numbers,
+        counts_late_messages,
         ignores_parked_messages,
         sends_everything_twice,
         drops_a_header,

@@ -251,7 +251,7 @@ def test_a_time_that_the_topic_refuses_parks_its_key_with_the_reason(pipeline: P
         insert(writer, key="guilty")
         insert(writer, key="other")
         pipeline.await_settled()
-        [(reason,)] = writer.execute("SELECT parked_reason FROM outbox WHERE sequence_no = 2").fetchall()
+        [(reason,)] = writer.execute("SELECT reason FROM outbox_pending WHERE sequence_no = 2").fetchall()
     assert pipeline.states() == [PUBLISHED, PARKED, PARKED, PUBLISHED]
     assert "further from now than the topic" in reason
 

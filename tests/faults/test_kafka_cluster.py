@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
-PUBLISHED, UNPUBLISHED = State.PUBLISHED, State.UNPUBLISHED
+PUBLISHED, WAITING = State.PUBLISHED, State.WAITING
 LANES = 2
 BATCH_SIZE = 500
 PLAN = Plan(writers=4, bulk_rows=100)
@@ -97,7 +97,7 @@ def test_messages_wait_while_too_few_copies_would_be_written(
         kafka.kill(2)
         writes += commit_messages(writer, "order-1", "payment-1")
         relay.wait_for_event("kafka_lost")
-        eventually(lambda: pipeline.states() == [PUBLISHED, PUBLISHED, UNPUBLISHED, PUBLISHED])
+        eventually(lambda: pipeline.states() == [PUBLISHED, PUBLISHED, WAITING, PUBLISHED])
         kafka.restart(2)
         pipeline.await_settled()
         relay.wait_for_event("kafka_recovered")

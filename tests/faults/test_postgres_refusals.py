@@ -13,7 +13,7 @@ from psycopg import sql
 
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.load import Plan, commit_messages
-from tests.fixtures.pipeline import TERMINATE_RELAYS, flaws
+from tests.fixtures.pipeline import TERMINATE_RELAYS, flaws, most_in_hand
 from tests.fixtures.probes import ask
 from tests.fixtures.waiting import eventually
 
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.kafka
 
 LANES = 2
 BATCH_SIZE = 500
+STINT = most_in_hand(batch_size=BATCH_SIZE)
 ENDED_SESSIONS = 5
 RESTARTS = 3
 REFUSED_MARKS = 3
@@ -53,7 +54,7 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
-CREATE TRIGGER fail_mark AFTER UPDATE ON outbox FOR EACH STATEMENT EXECUTE FUNCTION fail_mark();
+CREATE TRIGGER fail_mark AFTER INSERT ON outbox_published FOR EACH STATEMENT EXECUTE FUNCTION fail_mark();
 """
 
 
@@ -106,15 +107,13 @@ def waiting_for_table(connection: Connection) -> bool:
     return connection.execute(query).fetchone() is not None
 
 
-def test_a_message_that_stays_locked_is_asked_for_again_and_again(pipeline: Pipeline) -> None:
+def test_messages_that_somebody_locks_are_published_all_the_same(pipeline: Pipeline) -> None:
     with pipeline.database.connect() as somebody:
-        writes = commit_messages(somebody, "order-1", "order-1")
+        writes = commit_messages(somebody, "order-1", "order-1", "payment-1")
         somebody.execute("SELECT FROM outbox FOR UPDATE")
-        with pipeline.relays(1, lock_timeout=0.2, lanes=1) as [relay]:
-            conflicts = relay.wait_for_events("claim_conflicted", count=3)
-            assert all("lock timeout" in str(conflict["error"]) for conflict in conflicts)
-            somebody.rollback()
+        with pipeline.relays(1) as [relay]:
             pipeline.await_settled()
+            assert relay.events_named("claim_conflicted", "database_lost") == []
     assert flaws(pipeline.judge(writes)) == {}
 
 
@@ -122,18 +121,18 @@ def test_a_relay_that_is_the_victim_of_a_deadlock_tries_again(pipeline: Pipeline
     with pipeline.database.connect() as somebody:
         writes = commit_messages(somebody, "order-1", "order-1")
         somebody.execute("SET deadlock_timeout = '1min'")  # so that it is the relay that finds out, and is ended
-        somebody.execute("SELECT FROM outbox FOR UPDATE")
+        somebody.execute("LOCK TABLE outbox_published IN SHARE MODE")  # lets marks be read, but not written
         with pipeline.relays(1, lock_timeout=25, lanes=1) as [relay]:
             eventually(pipeline.waits_for_lock)
             somebody.execute("SELECT FROM outbox_shard FOR UPDATE")
             assert "deadlock detected" in str(relay.wait_for_event("claim_conflicted")["error"])
             somebody.rollback()
             pipeline.await_settled()
-    assert flaws(pipeline.judge(writes)) == {}
+    assert flaws(pipeline.judge(writes)) == {"duplicated": 2}
 
 
 @pytest.mark.parametrize("state", ["40001", "53100", "25006", "XX000", "P0001"])
-def test_marks_that_are_refused_repeat_one_batch_and_then_single_messages(
+def test_marks_that_are_refused_repeat_one_stint_and_then_single_messages(
     pipeline: Pipeline, state: LiteralString
 ) -> None:
     with pipeline.database.connect() as admin:
@@ -145,12 +144,12 @@ def test_marks_that_are_refused_repeat_one_batch_and_then_single_messages(
         assert admin.execute("SELECT last_value > %s FROM attempted_mark", [REFUSED_MARKS]).fetchone() == (True,)
     verdict = pipeline.judge(writes)
     assert flaws(verdict).keys() == {"duplicated"}
-    assert len(verdict.duplicated) <= 16 + (REFUSED_MARKS - 1)
+    assert len(verdict.duplicated) <= len(writes) + (REFUSED_MARKS - 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["pg_terminate_backend", "pg_cancel_backend"])
-def test_sessions_that_an_administrator_ends_under_load_repeat_their_batches_at_most(
+def test_sessions_that_an_administrator_ends_under_load_repeat_their_stints_at_most(
     pipeline: Pipeline, function: str
 ) -> None:
     end = SELECT_ENDED.format(function=sql.Identifier(function))
@@ -168,7 +167,7 @@ def test_sessions_that_an_administrator_ends_under_load_repeat_their_batches_at_
         pipeline.await_settled()
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"duplicated"}
-    assert len(verdict.duplicated) <= ENDED_SESSIONS * LANES * BATCH_SIZE
+    assert len(verdict.duplicated) <= ENDED_SESSIONS * LANES * STINT
 
 
 @pytest.mark.slow
@@ -183,7 +182,7 @@ def test_orderly_restarts_of_the_database_under_load_lose_nothing(own_postgres_p
         pipeline.await_settled()
     verdict = pipeline.judge(load.writes)
     assert flaws(verdict).keys() <= {"unknown", "recovered", "duplicated"}
-    assert len(verdict.duplicated) <= RESTARTS * LANES * BATCH_SIZE
+    assert len(verdict.duplicated) <= RESTARTS * LANES * STINT
 
 
 @pytest.mark.parametrize(
@@ -253,8 +252,8 @@ def start_slowly(server: PostgresServer) -> None:
             "outbox-relay migrate apply",
         ),
         (
-            "REVOKE UPDATE (published_at, parked_at, parked_reason) ON outbox FROM outbox_relay",
-            "GRANT UPDATE (published_at, parked_at, parked_reason) ON outbox TO outbox_relay",
+            "REVOKE INSERT ON outbox_published FROM outbox_relay",
+            "GRANT INSERT ON outbox_published TO outbox_relay",
             "GRANT outbox_relay TO",
         ),
     ],

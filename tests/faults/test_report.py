@@ -28,7 +28,8 @@ def record(name: str, *, offset: int, at: float) -> Record:
 
 def soak_of(writes: list[Write], records: list[Record]) -> Soak:
     rows = [Row(each.message_id, each.key, int(each.message_id), State.PUBLISHED) for each in writes]
-    return Soak([KILL, CUT_AND_MISS], oldest_transaction_seconds=2.5, history=History(writes, rows, records))
+    history = History(writes, rows, records)
+    return Soak([KILL, CUT_AND_MISS], oldest_transaction_seconds=2.5, skipped=2, found_skipped=3, history=history)
 
 
 SOAK = soak_of(
@@ -69,3 +70,4 @@ def test_the_report_has_the_verdict_and_each_fault_on_a_line() -> None:
     assert f"| duplicated | {len(verdict.duplicated)} |" in text
     assert "| `kill` | 1 | 1 | 2.00 s | 2.00 s | 1 |" in text
     assert "| `miss` | 1 | 0 | - | - | 0 |" in text
+    assert "Skipped on purpose: 2; found by reconciling: 3." in text

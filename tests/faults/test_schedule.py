@@ -36,6 +36,6 @@ def test_each_fault_has_its_turn_before_any_comes_again(seed: int) -> None:
 
 @given(seed=SEEDS)
 def test_faults_that_strike_together_strike_at_different_places(seed: int) -> None:
-    pairs = [step.faults for step in first_steps(seed, 50) if len(step.faults) == 2]
+    pairs = [step.faults for step in first_steps(seed, 200) if len(step.faults) == 2]
     assert [pair for pair in pairs if PAIRABLE[pair[0]] == PAIRABLE[pair[1]]] == []
     assert pairs

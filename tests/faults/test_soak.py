@@ -82,4 +82,5 @@ def test_a_soak_breaks_no_promise(seed: int, stage: Stage) -> None:
         assert report.verdict.broken_promises() == {}
         assert report.not_recovered == []
         assert report.never_fired == []
+        assert report.found_skipped == report.skipped
         assert report.oldest_transaction_seconds < TRANSACTION_SECONDS + STATEMENT_SECONDS

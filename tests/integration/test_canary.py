@@ -6,17 +6,27 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import pytest
 from psycopg.conninfo import make_conninfo
 
 from outbox_relay import database as relay_database
-from outbox_relay.errors import ConfigurationError, DatabaseUnavailable
+from outbox_relay.errors import ConfigurationError, DatabaseUnavailable, SchemaMismatch
 from outbox_relay.relay import canary as stage
-from outbox_relay.relay.canary import AGGREGATE_TYPE, Canary, CanaryOptions, check_canary, read_canary, write_canary
+from outbox_relay.relay.canary import (
+    AGGREGATE_TYPE,
+    Canary,
+    CanaryOptions,
+    CanaryState,
+    check_canary,
+    read_canary,
+    write_canary,
+)
 from outbox_relay.sql import statement
+from tests.fixtures.marks import mark, set_aside
 from tests.fixtures.outbox import insert
+from tests.fixtures.postgres import both_layouts
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -30,7 +40,18 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.every_postgres
 
 OPTIONS = CanaryOptions(interval=0.01)
-SELECT_CANARIES = f"SELECT id FROM outbox WHERE aggregate_type = '{AGGREGATE_TYPE}' ORDER BY id"
+SELECT_CANARIES = f"SELECT sequence_no FROM outbox WHERE aggregate_type = '{AGGREGATE_TYPE}' ORDER BY sequence_no"
+DATE_BACK = "UPDATE outbox SET created_at = now() - %s * interval '1 second'"
+
+SELECT_LAST_LOOK = """
+SELECT query_start FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'outbox-relay canary'
+"""
+
+DROPPING_TRIGGER = """
+CREATE FUNCTION drop_it() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE TRIGGER dropping BEFORE INSERT ON outbox FOR EACH ROW EXECUTE FUNCTION drop_it()
+"""
 
 
 @pytest.fixture
@@ -57,7 +78,14 @@ def connect(database: Database, **parameters: str) -> Connection:
 
 
 def canaries(connection: Connection) -> list[int]:
-    return [canary_id for (canary_id,) in connection.execute(SELECT_CANARIES).fetchall()]
+    return [number for (number,) in connection.execute(SELECT_CANARIES).fetchall()]
+
+
+def written(relay: Connection) -> int:
+    """The number of a canary that has just been written."""
+    number = write_canary(relay, options=OPTIONS)
+    assert number is not None
+    return number
 
 
 def test_a_relay_that_may_not_write_messages_is_told_the_grant(database: Database, relay_login: str) -> None:
@@ -66,21 +94,64 @@ def test_a_relay_that_may_not_write_messages_is_told_the_grant(database: Databas
     assert f"GRANT outbox_writer TO {relay_login};" in str(refusal.value)
 
 
+@both_layouts
 def test_the_grants_of_a_relay_and_of_a_writer_are_enough(admin: Connection, relay: Connection) -> None:
     check_canary(relay, schema="public")
-    canary_id = write_canary(relay, options=OPTIONS)
-    assert canary_id is not None
-    assert canaries(admin) == [canary_id]
-    assert read_canary(relay, canary_id, schema="public") == (False, None)
-    admin.execute("UPDATE outbox SET published_at = created_at + interval '250 ms'")
-    assert read_canary(relay, canary_id, schema="public") == (True, 0.25)
+    number = written(relay)
+    assert canaries(admin) == [number]
+    assert read_canary(relay, number, schema="public") == CanaryState("unpublished", None)
+    admin.execute(DATE_BACK, [90])
+    mark(admin, age_seconds=30)
+    state = read_canary(relay, number, schema="public")
+    assert state.state == "published"
+    assert state.seconds == pytest.approx(60, abs=10)
 
 
-def test_a_canary_that_was_deleted_has_arrived(admin: Connection, relay: Connection) -> None:
-    canary_id = write_canary(relay, options=OPTIONS)
-    assert canary_id is not None
+def test_a_canary_takes_as_long_as_the_first_mark_that_passes_it(admin: Connection, relay: Connection) -> None:
+    number = written(relay)
+    admin.execute(DATE_BACK, [90])
+    [(shard,)] = admin.execute("SELECT shard FROM outbox").fetchall()
+    for step in range(3):
+        mark(admin, shard=shard, through=number + step, age_seconds=60 - 30 * step)
+    assert read_canary(relay, number, schema="public").seconds == pytest.approx(30, abs=10)
+
+
+@both_layouts
+@pytest.mark.parametrize("state", ["waiting", "parked"])
+def test_a_canary_that_its_mark_has_passed_and_that_is_set_aside_has_not_arrived(
+    admin: Connection, relay: Connection, state: Literal["waiting", "parked"]
+) -> None:
+    number = written(relay)
+    set_aside(admin, number, state=state)
+    mark(admin)
+    assert read_canary(relay, number, schema="public") == CanaryState(state, None)
+    assert write_canary(relay, options=OPTIONS) is None
+    admin.execute("DELETE FROM outbox_pending")
+    assert read_canary(relay, number, schema="public").state == "published"
+    assert write_canary(relay, options=OPTIONS) is not None
+
+
+def test_a_canary_of_a_writer_that_was_given_up_on_has_not_arrived(admin: Connection, relay: Connection) -> None:
+    number = written(relay)
+    admin.execute("INSERT INTO outbox_unordered (transaction_id, from_no) SELECT transaction_id, 0 FROM outbox")
+    mark(admin)
+    assert read_canary(relay, number, schema="public").state == "waiting"
+
+
+def test_a_canary_that_was_deleted_is_told(admin: Connection, relay: Connection) -> None:
+    number = written(relay)
     admin.execute("DELETE FROM outbox")
-    assert read_canary(relay, canary_id, schema="public") == (True, None)
+    assert read_canary(relay, number, schema="public") == CanaryState(None, None)
+
+
+def test_a_canary_that_a_trigger_drops_is_an_error_and_leaves_no_transaction(
+    admin: Connection, relay: Connection
+) -> None:
+    admin.execute(DROPPING_TRIGGER)
+    with pytest.raises(SchemaMismatch, match="drops the canary"):
+        write_canary(relay, options=OPTIONS)
+    admin.execute("DROP TRIGGER dropping ON outbox")
+    assert write_canary(relay, options=OPTIONS) is not None
 
 
 def test_nobody_writes_a_second_canary_while_one_is_under_way(
@@ -90,16 +161,9 @@ def test_nobody_writes_a_second_canary_while_one_is_under_way(
         first = write_canary(relay, options=OPTIONS)
         insert(admin, *map(str, range(50)))
         assert write_canary(another, options=OPTIONS) is None
-        admin.execute("UPDATE outbox SET published_at = now()")
+        mark(admin)
         second = write_canary(another, options=OPTIONS)
     assert canaries(admin) == [first, second]
-
-
-def test_nobody_writes_behind_a_canary_that_is_parked(admin: Connection, relay: Connection) -> None:
-    first = write_canary(relay, options=OPTIONS)
-    admin.execute("UPDATE outbox SET parked_at = now()")
-    assert write_canary(relay, options=OPTIONS) is None
-    assert canaries(admin) == [first]
 
 
 def test_nobody_waits_for_another_who_is_about_to_write_one(database: Database, relay: Connection) -> None:
@@ -160,11 +224,29 @@ def test_one_canary_follows_the_other(database: Database, admin: Connection) -> 
     with sending(listener, partial(connect, database)):
         for count in (1, 2, 3):
             eventually(lambda count=count: len(canaries(admin)) == count)  # type: ignore[misc]  # bound for the wait
-            admin.execute(
-                "UPDATE outbox SET published_at = created_at + interval '1 second' WHERE published_at IS NULL"
-            )
+            admin.execute(DATE_BACK, [90])
+            mark(admin)
         eventually(lambda: len(listener.seconds) == 3)
-    assert listener.seconds == [1.0, 1.0, 1.0]
+    assert listener.seconds == pytest.approx([90, 90, 90], abs=10)
+
+
+def test_the_mark_that_passed_a_canary_before_it_was_in_kafka_does_not_tell_how_long_it_took(
+    database: Database, admin: Connection
+) -> None:
+    listener = Listener()
+    with sending(listener, partial(connect, database)):
+        [number] = eventually(lambda: canaries(admin))
+        looks = admin.execute(SELECT_LAST_LOOK).fetchall()
+        with admin.transaction():
+            admin.execute(DATE_BACK, [3_600])
+            set_aside(admin, number, state="waiting")
+            mark(admin)
+        eventually(lambda: admin.execute(SELECT_LAST_LOOK).fetchall() != looks)
+        looks = admin.execute(SELECT_LAST_LOOK).fetchall()
+        eventually(lambda: admin.execute(SELECT_LAST_LOOK).fetchall() != looks)
+        admin.execute("DELETE FROM outbox_pending")
+        eventually(lambda: listener.seconds)
+    assert listener.seconds[0] < 3_000
 
 
 def test_a_canary_is_followed_over_a_lost_connection(database: Database, admin: Connection) -> None:
@@ -174,10 +256,11 @@ def test_a_canary_is_followed_over_a_lost_connection(database: Database, admin: 
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%canary'")
         eventually(lambda: len(listener.open_since) > 1)
         assert listener.open_since[0] == listener.open_since[1]
-        [canary_id] = canaries(admin)
-        admin.execute("UPDATE outbox SET published_at = created_at + interval '3 seconds' WHERE id = %s", [canary_id])
+        assert len(canaries(admin)) == 1
+        admin.execute(DATE_BACK, [90])
+        mark(admin)
         eventually(lambda: listener.seconds)
-    assert listener.seconds[0] == 3.0
+    assert listener.seconds[0] == pytest.approx(90, abs=10)
     assert len(listener.failures) == 1
 
 

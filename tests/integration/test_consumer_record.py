@@ -249,7 +249,6 @@ async def read_with_aiokafka(kafka: Kafka, topic: str) -> list[Message]:
 def test_both_clients_bring_the_message_that_a_relay_publishes(kafka: Kafka, topic: CreateTopic) -> None:
     orders = topic("orders")
     row = wire.Message(
-        id=1,
         sequence_no=42,
         shard=0,
         message_id=ID,
@@ -263,6 +262,7 @@ def test_both_clients_bring_the_message_that_a_relay_publishes(kafka: Kafka, top
         stored_bytes=2,
         is_unordered=False,
         is_behind_parked=False,
+        is_behind_waiting=False,
     )
     rows = [row, row._replace(payload=None), row._replace(is_unordered=True)]
     producer = confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap_servers})

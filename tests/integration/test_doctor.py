@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,12 @@ import pytest
 
 from outbox_relay.operate.doctor import examine as examination
 from outbox_relay.operate.doctor.examine import Subject, examine
+from outbox_relay.relay.horizon import record_unordered
 from outbox_relay.relay.message import Addressing
+from tests.fixtures.marks import mark, set_aside
 from tests.fixtures.outbox import insert
 from tests.fixtures.postgres import both_layouts
+from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -69,11 +73,96 @@ def test_a_migrated_database_passes_every_check_it_can_be_seen_to_pass(
 
 @both_layouts
 @pytest.mark.every_postgres
-def test_a_claim_without_its_index_is_not_planned_through_it(admin: Connection, subject: Subject) -> None:
-    admin.execute("DROP INDEX outbox_unpublished_idx")
+def test_a_lane_without_its_index_reads_published_messages(admin: Connection, subject: Subject) -> None:
+    admin.execute("ALTER TABLE outbox DROP CONSTRAINT outbox_pkey")
     checks = by_name(examine(subject))
-    assert checks["index outbox_unpublished_idx"].finding == "is missing"
-    assert checks["plan of the claim"].status == "FAIL"
+    assert checks["index outbox_pkey"].finding == "is missing"
+    assert checks["plan of the lanes"].status == "FAIL"
+    admin.execute(checks["index outbox_pkey"].remedy.encode())
+    mended = by_name(examine(subject))
+    assert (mended["index outbox_pkey"].status, mended["plan of the lanes"].status) == ("OK", "OK")
+
+
+@pytest.mark.every_postgres
+def test_an_index_of_somebody_that_leads_a_lane_astray_is_dropped_by_the_remedy(
+    admin: Connection, subject: Subject
+) -> None:
+    admin.execute("CREATE INDEX by_number ON outbox (sequence_no)")
+    admin.execute("CREATE INDEX by_time ON outbox (created_at)")
+    admin.execute("ANALYZE outbox")
+    check = by_name(examine(subject))["plan of the lanes"]
+    assert (check.status, check.remedy) == ("FAIL", 'DROP INDEX CONCURRENTLY "public"."by_number";')
+    admin.execute(check.remedy.encode())
+    assert by_name(examine(subject))["plan of the lanes"].status == "OK"
+
+
+@pytest.mark.every_postgres
+def test_definitions_are_compared_as_they_are_whatever_the_role_sets(
+    admin: Connection, subject: Subject, relay_login: str
+) -> None:
+    for setting in ("quote_all_identifiers = on", "datestyle = 'German, DMY'", "enable_indexscan = off"):
+        admin.execute(f'ALTER ROLE "{relay_login}" SET {setting}'.encode())
+    admin.execute(f'GRANT pg_read_all_stats TO "{relay_login}"'.encode())
+    assert not_ok(subject) == {}
+
+
+@both_layouts
+@pytest.mark.every_postgres
+def test_a_trigger_before_a_row_is_written_is_named_and_dropped_by_the_remedy(
+    admin: Connection, subject: Subject
+) -> None:
+    admin.execute(
+        """
+        CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER "Keep" BEFORE DELETE ON outbox FOR EACH ROW EXECUTE FUNCTION keep();
+        CREATE TRIGGER keep BEFORE INSERT ON outbox_published FOR EACH ROW EXECUTE FUNCTION keep();
+        CREATE TRIGGER after AFTER INSERT ON outbox FOR EACH ROW EXECUTE FUNCTION keep()
+        """
+    )
+    check = by_name(examine(subject))["triggers"]
+    assert check.status == "WARN"
+    for statement in check.remedy.splitlines():
+        admin.execute(statement.encode())
+    assert len(check.remedy.splitlines()) == 2
+    assert by_name(examine(subject))["triggers"].status == "OK"
+
+
+@pytest.mark.every_postgres
+def test_what_waits_is_parked_or_late_is_told(
+    database: Database, admin: Connection, subject: Subject, relay_login: str
+) -> None:
+    admin.execute(f'GRANT pg_read_all_stats TO "{relay_login}"'.encode())
+    with database.connect() as writer:
+        insert(writer, "9")
+        [(xid,)] = writer.execute("SELECT pg_current_xact_id()::text").fetchall()
+        record_unordered(admin, schema="public", xids=[int(xid)])
+        writer.commit()
+    insert(admin, "1", "2", "3", created_at="2001-01-01")
+    set_aside(admin, 2, state="waiting", reason_code="skipped", age_seconds=7_300)
+    set_aside(admin, 3, state="parked")
+    mark(admin, through=3, age_seconds=7_300)
+    insert(admin, "1", "2", "3")
+    mark(admin)
+    insert(admin, "1")
+    checks = by_name(examine(subject))
+    warned = ("backlog", "waiting messages", "parked messages", "late writers", "marks")
+    assert {name: checks[name].status for name in warned} == dict.fromkeys(warned, "WARN")
+    assert checks["waiting messages"].finding == "1 for up to 2 h; skipped: 1"
+    assert checks["marks"].finding == "not compared with the messages for 2 h"
+
+
+@both_layouts
+@pytest.mark.every_postgres
+def test_somebody_who_holds_shards_is_named_and_ended_by_the_remedy(
+    database: Database, admin: Connection, subject: Subject, relay_login: str
+) -> None:
+    admin.execute(f'GRANT pg_read_all_stats TO "{relay_login}"'.encode())
+    with closing(database.connect(application_name="by hand")) as person:
+        person.execute("SELECT FROM outbox_shard FOR UPDATE")
+        check = by_name(examine(replace(subject, long_seconds=0.0)))["shard locks"]
+        assert "(by hand, idle in transaction)" in check.finding
+        admin.execute(check.remedy.encode())
+        eventually(lambda: by_name(examine(replace(subject, long_seconds=0.0)))["shard locks"].status == "OK")
 
 
 @pytest.mark.every_postgres
@@ -89,14 +178,6 @@ def test_each_partition_is_examined_and_what_mends_it_works(admin: Connection, s
     mended = by_name(examine(subject))
     assert mended["autovacuum"].status == "OK"
     assert mended["partitions"].finding == "11, of them ahead: 2"
-
-
-@pytest.mark.every_postgres
-@pytest.mark.parametrize("layout", ["partitioned"])
-def test_an_index_that_the_partitions_lost_comes_back_by_its_remedy(admin: Connection, subject: Subject) -> None:
-    admin.execute("DROP INDEX outbox_parked_idx")
-    admin.execute(by_name(examine(subject))["index outbox_parked_idx"].remedy.encode())
-    assert by_name(examine(subject))["index outbox_parked_idx"].status == "OK"
 
 
 @pytest.mark.every_postgres
@@ -118,12 +199,14 @@ def test_aggregate_types_are_looked_for_among_the_newest_messages_and_those_that
     admin: Connection, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examination, "_MESSAGES_SEEN", 16)
-    insert(admin, "1", aggregate_type="published-long-ago")
-    admin.execute("UPDATE outbox SET published_at = now()")
-    insert(admin, "1", aggregate_type="waiting")
-    insert(admin, *["1"] * 16, aggregate_type="new")
+    for name in ("published", "waiting"):
+        insert(admin, *map(str, range(100)), aggregate_type=name)
+    set_aside(admin, *range(101, 201), state="waiting")
+    mark(admin)
+    for name in ("next", "between", "new"):
+        insert(admin, *map(str, range(100)), aggregate_type=name)
     topics = [name for name in by_name(examine(subject)) if name.startswith("topic ")]
-    assert topics == [f"topic {subject.addressing.topic(name)}" for name in ("new", "waiting")]
+    assert topics == [f"topic {subject.addressing.topic(name)}" for name in ("new", "next", "waiting")]
 
 
 def test_a_database_that_goes_away_meanwhile_is_a_finding_and_kafka_is_examined(
@@ -143,7 +226,8 @@ def test_a_table_that_somebody_locks_is_a_finding_and_nobody_queues_behind_the_d
     with database.connect() as owner:
         owner.execute("LOCK TABLE outbox")
         checks = by_name(examine(subject))
-    assert "lock timeout" in checks["index"].finding
+    assert "lock timeout" in checks["numbers"].finding
+    assert "lock timeout" in checks["messages"].finding
     assert checks["kafka"].status == "OK"
 
 

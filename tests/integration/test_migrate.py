@@ -59,9 +59,15 @@ def states(conn: Connection) -> list[tuple[int, str, str]]:
 @pytest.mark.every_postgres
 def test_apply_creates_the_schema_and_its_tables(conn: Connection) -> None:
     assert migrate.apply(conn, schema=SCHEMA) == ALL
-    assert tables(conn) == {
-        *("outbox", "outbox_audit", "outbox_replay", "outbox_shard", "outbox_unordered", "outbox_relay_migration")
+    of_the_relay = {
+        "outbox",
+        "outbox_shard",
+        "outbox_published",
+        "outbox_pending",
+        "outbox_unordered",
+        "outbox_reconciled",
     }
+    assert tables(conn) == {*of_the_relay, "outbox_audit", "outbox_replay", "outbox_relay_migration"}
 
 
 @pytest.mark.every_postgres

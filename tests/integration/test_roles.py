@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.every_postgres
 
 INSERT: LiteralString = "INSERT INTO outbox (aggregate_type, aggregate_id, event_type) VALUES ('order', '1', 'placed')"
-AUDIT: LiteralString = """
-    INSERT INTO outbox_audit (action, outbox_id, message_id, aggregate_type, aggregate_id, sequence_no)
-    VALUES ('release', 1, gen_random_uuid(), 'order', '1', 1)
+MARK: LiteralString = "INSERT INTO outbox_published (shard, through, messages, checksum) VALUES (0, 1, 1, 1)"
+PENDING: LiteralString = """
+    INSERT INTO outbox_pending (shard, sequence_no, key_hash, aggregate_type, state, reason_code, reason)
+    VALUES (0, 1, 0, 'order', 'parked', 'unpublishable', 'a header is a string')
 """
-
+UNORDERED: LiteralString = "INSERT INTO outbox_unordered (transaction_id, from_no) VALUES ('7', 0)"
+RECONCILED: LiteralString = "INSERT INTO outbox_reconciled (shard, checked_through) VALUES (0, 1)"
+AUDIT: LiteralString = """
+    INSERT INTO outbox_audit (action, sequence_no, message_id, aggregate_type, aggregate_id, parked_reason)
+    VALUES ('release', 1, gen_random_uuid(), 'order', '1', 'unpublishable: a header is a string')
+"""
 REPLAY: LiteralString = """
-    INSERT INTO outbox_replay (name, why, selection, published_before) VALUES ('again', 'a bug', '{}', now())
+    INSERT INTO outbox_replay (name, why, selection, published_through) VALUES ('again', 'a bug', '{}', '{7}')
 """
 
 # Every privilege that is effective on anything in the schema; a column's only where the whole table's is not.
@@ -31,12 +37,12 @@ PRIVILEGES: LiteralString = """
     WITH thing AS (
         SELECT oid, relname::text AS name, relkind
         FROM pg_class
-        WHERE relnamespace = 'shop'::regnamespace AND relkind IN ('r', 'S')
+        WHERE relnamespace = 'shop'::regnamespace AND relkind IN ('r', 'v', 'S')
     )
     SELECT name || ' ' || privilege
     FROM thing,
         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS privilege
-    WHERE relkind = 'r' AND has_table_privilege(%(role)s, oid, privilege)
+    WHERE relkind <> 'S' AND has_table_privilege(%(role)s, oid, privilege)
     UNION ALL
     SELECT name || ' ' || privilege
     FROM thing, unnest(ARRAY['USAGE', 'SELECT', 'UPDATE']) AS privilege
@@ -46,7 +52,7 @@ PRIVILEGES: LiteralString = """
     FROM thing
     JOIN pg_attribute ON attrelid = thing.oid AND attnum > 0,
         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) AS privilege
-    WHERE relkind = 'r'
+    WHERE relkind <> 'S'
         AND has_column_privilege(%(role)s, thing.oid, attnum, privilege)
         AND NOT has_table_privilege(%(role)s, thing.oid, privilege)
     UNION ALL
@@ -70,24 +76,48 @@ EXPECTED = {
     "outbox_relay": {
         "schema USAGE",
         "outbox SELECT",
-        "outbox DELETE",
-        "outbox UPDATE published_at",
-        "outbox UPDATE parked_at",
-        "outbox UPDATE parked_reason",
+        "outbox_message SELECT",
         "outbox_sequence_no_seq SELECT",
         "outbox_shard SELECT",
-        "outbox_shard UPDATE generation",
+        "outbox_shard UPDATE shard",
+        "outbox_published SELECT",
+        "outbox_published INSERT",
+        "outbox_published UPDATE",
+        "outbox_published DELETE",
+        "outbox_pending SELECT",
+        "outbox_pending INSERT",
+        "outbox_pending UPDATE",
+        "outbox_pending DELETE",
         "outbox_unordered SELECT",
         "outbox_unordered INSERT",
+        "outbox_unordered UPDATE",
         "outbox_unordered DELETE",
+        "outbox_reconciled SELECT",
+        "outbox_reconciled INSERT",
+        "outbox_reconciled UPDATE",
         "outbox_relay_migration SELECT",
     },
     "outbox_pruner": {
         "schema USAGE",
         "outbox SELECT",
         "outbox DELETE",
+        "outbox_message SELECT",
+        "outbox_sequence_no_seq SELECT",
+        "outbox_shard SELECT",
+        "outbox_shard UPDATE shard",
+        "outbox_published SELECT",
+        "outbox_published INSERT",
+        "outbox_published UPDATE",
+        "outbox_published DELETE",
+        "outbox_pending SELECT",
+        "outbox_pending INSERT",
+        "outbox_pending UPDATE",
+        "outbox_pending DELETE",
         "outbox_unordered SELECT",
         "outbox_unordered DELETE",
+        "outbox_reconciled SELECT",
+        "outbox_reconciled INSERT",
+        "outbox_reconciled UPDATE",
     },
     "outbox_operator": {
         "schema USAGE",
@@ -96,18 +126,26 @@ EXPECTED = {
         "outbox UPDATE payload",
         "outbox UPDATE payload_bytes",
         "outbox UPDATE headers",
-        "outbox UPDATE parked_at",
-        "outbox UPDATE parked_reason",
+        "outbox_message SELECT",
+        "outbox_sequence_no_seq SELECT",
         "outbox_shard SELECT",
-        "outbox_shard UPDATE generation",
+        "outbox_shard UPDATE shard",
+        "outbox_published SELECT",
+        "outbox_pending SELECT",
+        "outbox_pending DELETE",
+        "outbox_pending UPDATE state",
+        "outbox_pending UPDATE reason_code",
+        "outbox_pending UPDATE reason",
+        "outbox_pending UPDATE is_unordered",
+        "outbox_pending UPDATE since",
         "outbox_unordered SELECT",
-        "outbox_unordered INSERT transaction_id",
+        "outbox_reconciled SELECT",
         "outbox_replay SELECT",
         "outbox_replay INSERT name",
         "outbox_replay INSERT operator",
         "outbox_replay INSERT why",
         "outbox_replay INSERT selection",
-        "outbox_replay INSERT published_before",
+        "outbox_replay INSERT published_through",
         "outbox_replay UPDATE messages",
         "outbox_replay UPDATE reached_no",
         "outbox_replay UPDATE finished_at",
@@ -115,13 +153,16 @@ EXPECTED = {
         "outbox_audit INSERT action",
         "outbox_audit INSERT operator",
         "outbox_audit INSERT why",
-        "outbox_audit INSERT outbox_id",
+        "outbox_audit INSERT sequence_no",
         "outbox_audit INSERT message_id",
         "outbox_audit INSERT aggregate_type",
         "outbox_audit INSERT aggregate_id",
-        "outbox_audit INSERT sequence_no",
+        "outbox_audit INSERT event_type",
+        "outbox_audit INSERT payload",
+        "outbox_audit INSERT payload_bytes",
+        "outbox_audit INSERT headers",
+        "outbox_audit INSERT created_at",
         "outbox_audit INSERT parked_reason",
-        "outbox_audit INSERT content",
     },
 }
 
@@ -135,31 +176,50 @@ ALLOWED: dict[str, list[LiteralString]] = {
         "INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload_bytes) VALUES ('o', '1', 'e', '')",
     ],
     "outbox_relay": [
-        "SELECT * FROM outbox ORDER BY sequence_no LIMIT 1 FOR UPDATE",
-        "UPDATE outbox SET published_at = now() WHERE id = 1",
-        "UPDATE outbox SET parked_at = now(), parked_reason = 'too large' WHERE id = 1",
-        "DELETE FROM outbox WHERE id = 1",
-        "SELECT xmax, shard, generation FROM outbox_shard ORDER BY shard FOR UPDATE SKIP LOCKED",
-        "UPDATE outbox_shard SET generation = generation + 1 WHERE shard = 0",
+        "LOCK TABLE ONLY outbox IN ACCESS SHARE MODE",
+        "SELECT * FROM outbox ORDER BY shard, sequence_no",
+        "SELECT state FROM outbox_message",
+        "SELECT xmax, shard FROM outbox_shard ORDER BY shard FOR UPDATE SKIP LOCKED",
         "SELECT last_value, is_called FROM outbox_sequence_no_seq",
         "SELECT pg_sequence_last_value('outbox_sequence_no_seq')",
-        "INSERT INTO outbox_unordered (transaction_id) VALUES ('7') ON CONFLICT DO NOTHING",
-        "SELECT transaction_id FROM outbox_unordered",
+        MARK,
+        "UPDATE outbox_published SET messages = messages + 1",
+        "DELETE FROM outbox_published",
+        PENDING,
+        "UPDATE outbox_pending SET state = 'waiting'",
+        "DELETE FROM outbox_pending",
+        UNORDERED,
+        "SELECT * FROM outbox_unordered ORDER BY transaction_id FOR UPDATE",
+        "UPDATE outbox_unordered SET collected_at = clock_timestamp()",
         "DELETE FROM outbox_unordered WHERE recorded_at < now()",
+        RECONCILED,
+        "UPDATE outbox_reconciled SET checked_through = 1",
         "SELECT version FROM outbox_relay_migration",
     ],
     "outbox_pruner": [
-        "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE published_at < now() ORDER BY id LIMIT 10)",
+        "DELETE FROM outbox WHERE shard = 0 AND sequence_no <= 10",
+        "SELECT shard FROM outbox_shard FOR UPDATE",
+        "DELETE FROM outbox_published WHERE shard = 0 AND through < 10",
+        MARK,
+        PENDING,
         "DELETE FROM outbox_unordered WHERE recorded_at < now()",
+        RECONCILED,
+        "SELECT last_value FROM outbox_sequence_no_seq",
     ],
     "outbox_operator": [
-        "SELECT * FROM outbox WHERE parked_at IS NOT NULL",
-        "UPDATE outbox SET payload = NULL, payload_bytes = NULL, headers = '{}' WHERE id = 1",
-        "UPDATE outbox SET parked_at = NULL, parked_reason = NULL WHERE id = 1",
-        "DELETE FROM outbox WHERE id = 1",
+        "SELECT * FROM outbox_message WHERE state = 'parked'",
+        "SELECT * FROM outbox_published, outbox_pending, outbox_unordered, outbox_reconciled",
+        "SELECT last_value FROM outbox_sequence_no_seq",
+        "LOCK TABLE ONLY outbox IN ACCESS SHARE MODE",
         "SELECT FROM outbox_shard WHERE shard = 0 FOR UPDATE",
-        "UPDATE outbox_shard SET generation = generation + 1 WHERE shard = 0",
-        "INSERT INTO outbox_unordered (transaction_id) VALUES ('7') ON CONFLICT DO NOTHING",
+        "UPDATE outbox SET payload = NULL, payload_bytes = NULL, headers = '{}' WHERE shard = 0 AND sequence_no = 1",
+        """
+        UPDATE outbox_pending
+        SET state = 'waiting', reason_code = 'released', reason = '', is_unordered = true, since = now()
+        WHERE shard = 0
+        """,
+        "DELETE FROM outbox_pending WHERE shard = 0 AND sequence_no = 1",
+        "DELETE FROM outbox WHERE shard = 0 AND sequence_no = 1",
         AUDIT,
         "SELECT * FROM outbox_audit",
         REPLAY,
@@ -167,12 +227,19 @@ ALLOWED: dict[str, list[LiteralString]] = {
     ],
 }
 
+MARKS: list[LiteralString] = [
+    MARK,
+    "UPDATE outbox_published SET through = 9",
+    "DELETE FROM outbox_published",
+    "TRUNCATE outbox_published",
+]
+
 REFUSED: dict[str, list[LiteralString]] = {
     "outbox_writer": [
         "SELECT payload FROM outbox",
-        "INSERT INTO outbox (aggregate_type, aggregate_id, event_type) VALUES ('o', '1', 'e') RETURNING id",
+        "SELECT payload FROM outbox_message",
+        "INSERT INTO outbox (aggregate_type, aggregate_id, event_type) VALUES ('o', '1', 'e') RETURNING sequence_no",
         "INSERT INTO outbox (transaction_id, aggregate_type, aggregate_id, event_type) VALUES ('3', 'o', '1', 'e')",
-        "INSERT INTO outbox (published_at, aggregate_type, aggregate_id, event_type) VALUES (now(), 'o', '1', 'e')",
         """
         INSERT INTO outbox (sequence_no, aggregate_type, aggregate_id, event_type)
         OVERRIDING SYSTEM VALUE VALUES (1, 'o', '1', 'e')
@@ -181,43 +248,70 @@ REFUSED: dict[str, list[LiteralString]] = {
         "COPY outbox (transaction_id, aggregate_type, aggregate_id, event_type) FROM STDIN",
         "UPDATE outbox SET payload = NULL",
         "DELETE FROM outbox",
+        "TRUNCATE outbox",
         "SELECT nextval('outbox_sequence_no_seq')",
         "SELECT setval('outbox_sequence_no_seq', 1)",
         "SELECT shard FROM outbox_shard",
-        "INSERT INTO outbox_unordered (transaction_id) VALUES ('7')",
+        "SELECT through FROM outbox_published",
+        *MARKS,
+        PENDING,
+        UNORDERED,
+        RECONCILED,
         "SELECT version FROM outbox_relay_migration",
     ],
     "outbox_relay": [
         INSERT,
         "UPDATE outbox SET payload = NULL",
+        "UPDATE outbox SET headers = '{}' WHERE shard = 0",
         "UPDATE outbox SET sequence_no = DEFAULT",
+        "DELETE FROM outbox",
+        "SELECT * FROM outbox ORDER BY sequence_no LIMIT 1 FOR UPDATE",
+        "SELECT * FROM outbox ORDER BY sequence_no LIMIT 1 FOR KEY SHARE",
+        "LOCK TABLE outbox IN ROW EXCLUSIVE MODE",
         "TRUNCATE outbox",
+        "TRUNCATE outbox_published",
         "SELECT nextval('outbox_sequence_no_seq')",
         "SELECT setval('outbox_sequence_no_seq', 1)",
         "INSERT INTO outbox_shard (shard) VALUES (16)",
-        "UPDATE outbox_shard SET shard = 16 WHERE shard = 0",
         "DELETE FROM outbox_shard",
-        "UPDATE outbox_unordered SET recorded_at = now()",
+        "DELETE FROM outbox_reconciled",
         "DELETE FROM outbox_relay_migration",
+        "SELECT id FROM outbox_audit",
         "CREATE TABLE mine ()",
     ],
     "outbox_pruner": [
         INSERT,
-        "UPDATE outbox SET published_at = NULL",
-        "SELECT shard FROM outbox_shard FOR UPDATE",
-        "INSERT INTO outbox_unordered (transaction_id) VALUES ('7')",
+        "UPDATE outbox SET payload = NULL",
+        UNORDERED,
+        "UPDATE outbox_unordered SET collected_at = now()",
+        "INSERT INTO outbox_shard (shard) VALUES (16)",
+        "DELETE FROM outbox_shard",
         "TRUNCATE outbox",
+        "SELECT nextval('outbox_sequence_no_seq')",
+        "SELECT setval('outbox_sequence_no_seq', 1)",
         "SELECT id FROM outbox_audit",
+        "SELECT name FROM outbox_replay",
+        "CREATE TABLE mine ()",
     ],
     "outbox_operator": [
         INSERT,
-        "UPDATE outbox SET published_at = now()",
         "UPDATE outbox SET message_id = gen_random_uuid()",
         "UPDATE outbox SET aggregate_id = '2'",
-        "SELECT setval('outbox_sequence_no_seq', 1)",
-        "DELETE FROM outbox_shard",
+        "UPDATE outbox SET event_type = 'changed'",
+        "TRUNCATE outbox",
+        *MARKS,
+        PENDING,
+        "UPDATE outbox_pending SET sequence_no = 2",
+        "UPDATE outbox_pending SET key_hash = 2",
+        UNORDERED,
         "DELETE FROM outbox_unordered",
+        RECONCILED,
+        "UPDATE outbox_reconciled SET checked_through = 0",
+        "SELECT setval('outbox_sequence_no_seq', 1)",
+        "INSERT INTO outbox_shard (shard) VALUES (16)",
+        "DELETE FROM outbox_shard",
         AUDIT.replace("(action", "(session_role, action").replace("VALUES (", "VALUES ('somebody', "),
+        AUDIT.replace("(action", "(recorded_at, action").replace("VALUES (", "VALUES (now(), "),
         "UPDATE outbox_audit SET why = NULL",
         "DELETE FROM outbox_audit",
         "TRUNCATE outbox_audit",
@@ -292,3 +386,43 @@ def test_a_writer_can_copy_messages_in(shop: Database, login: str) -> None:
         with cursor.copy("COPY outbox (aggregate_type, aggregate_id, event_type) FROM STDIN") as copy:
             copy.write_row(("order", "1", "placed"))
         assert cursor.rowcount == 1
+
+
+ROWS_ABOUT_MESSAGES: LiteralString = """
+    SELECT
+        (SELECT count(*) FROM outbox),
+        (SELECT count(*) FROM outbox_published),
+        (SELECT count(*) FROM outbox_pending),
+        (SELECT count(*) FROM outbox_unordered),
+        (SELECT count(*) FROM outbox_reconciled),
+        (SELECT count(*) FROM outbox_shard)
+"""
+
+
+@pytest.mark.parametrize("right", ["GRANT TRUNCATE ON outbox TO {}", "ALTER TABLE outbox OWNER TO {}"])
+def test_who_may_truncate_the_outbox_empties_the_marks_without_rights_on_them(
+    shop: Database, login: str, right: LiteralString
+) -> None:
+    with shop.connect(options="-c search_path=shop") as conn:
+        for statement in (INSERT, MARK, PENDING, UNORDERED, RECONCILED):
+            conn.execute(statement)
+        conn.execute(sql.SQL("GRANT USAGE ON SCHEMA shop TO {}").format(sql.Identifier(login)))
+        conn.execute(sql.SQL(right).format(sql.Identifier(login)))
+        assert conn.execute(ROWS_ABOUT_MESSAGES).fetchall() == [(1, 1, 1, 1, 1, 16)]
+    assert not attempt(shop, login, statement="DELETE FROM outbox_published")
+    with shop.connect(user=login, options="-c search_path=shop") as conn:
+        conn.execute("TRUNCATE outbox")
+    with shop.connect(options="-c search_path=shop") as conn:
+        assert conn.execute(ROWS_ABOUT_MESSAGES).fetchall() == [(0, 0, 0, 0, 0, 16)]
+        conn.execute("ALTER TABLE outbox OWNER TO CURRENT_USER")
+        conn.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(login)))
+
+
+def test_nobody_can_empty_the_marks_by_calling_what_a_truncate_calls(shop: Database, login: str) -> None:
+    with shop.connect() as conn:
+        conn.execute(sql.SQL("GRANT outbox_operator TO {}").format(sql.Identifier(login)))
+    with (
+        shop.connect(user=login, options="-c search_path=shop") as conn,
+        pytest.raises((errors.InsufficientPrivilege, errors.FeatureNotSupported)),
+    ):
+        conn.execute("SELECT outbox_forget()")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+import string
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, LiteralString
@@ -13,6 +15,7 @@ from psycopg import errors
 
 from outbox_relay.operate import migrate
 from outbox_relay.sandbox.postgres import installed_servers
+from tests.fixtures.marks import mark, set_aside
 from tests.fixtures.postgres import both_layouts, create_database, drop_database
 
 if TYPE_CHECKING:
@@ -97,11 +100,10 @@ def test_messages_carry_the_top_level_transaction_id_even_from_a_savepoint(conn:
 
 @both_layouts
 @pytest.mark.every_postgres
-@pytest.mark.parametrize("column", ["sequence_no", "id"])
-def test_even_the_owner_cannot_insert_a_number_of_his_own(conn: Connection, column: LiteralString) -> None:
+def test_even_the_owner_cannot_insert_a_number_of_his_own(conn: Connection) -> None:
     with pytest.raises(errors.GeneratedAlways):
         conn.execute(
-            f"INSERT INTO outbox ({column}, aggregate_type, aggregate_id, event_type) VALUES (7, 'o', '1', 'e')"
+            "INSERT INTO outbox (sequence_no, aggregate_type, aggregate_id, event_type) VALUES (7, 'o', '1', 'e')"
         )
 
 
@@ -109,23 +111,89 @@ def test_even_the_owner_cannot_insert_a_number_of_his_own(conn: Connection, colu
 @pytest.mark.every_postgres
 def test_sessions_draw_numbers_one_at_a_time(database: Database) -> None:
     with database.connect(autocommit=True) as one, database.connect(autocommit=True) as two:
-        for session in (one, two, one, two):
-            session.execute(f"{INSERT} VALUES ('order', '1', 'placed')")
-        assert one.execute("SELECT sequence_no FROM outbox ORDER BY id").fetchall() == [(1,), (2,), (3,), (4,)]
+        drawn = [
+            session.execute(f"{INSERT} VALUES ('order', '1', 'placed') RETURNING sequence_no").fetchall()
+            for session in (one, two, one, two)
+        ]
+    assert drawn == [[(1,)], [(2,)], [(3,)], [(4,)]]
 
 
+@both_layouts
 @pytest.mark.every_postgres
-def test_no_unique_index_has_the_sequence_number(conn: Connection) -> None:
+def test_the_only_index_of_the_outbox_is_its_primary_key_by_shard_and_number(conn: Connection) -> None:
     indexes = conn.execute(
-        """
-        SELECT indexrelid::regclass::text, indisunique
-        FROM pg_index
-        JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY (indkey)
-        WHERE indrelid = 'outbox'::regclass AND attname = 'sequence_no'
-        ORDER BY 1
-        """
+        "SELECT pg_get_constraintdef(pg_constraint.oid) FROM pg_index LEFT JOIN pg_constraint ON conindid = indexrelid"
+        " WHERE indrelid = 'outbox'::regclass AND contype = 'p'"
     ).fetchall()
-    assert indexes == [("outbox_parked_idx", False), ("outbox_unpublished_idx", False)]
+    assert indexes == [("PRIMARY KEY (shard, sequence_no)",)]
+    assert conn.execute("SELECT FROM pg_index WHERE indrelid = 'outbox'::regclass").rowcount == 1
+
+
+@both_layouts
+@pytest.mark.every_postgres
+def test_a_type_and_a_key_may_be_longer_than_any_index_takes(conn: Connection) -> None:
+    conn.execute(f"{INSERT} VALUES (%s, %s, 'placed')", [random_text(seed=1), random_text(seed=2)])
+    set_aside(conn, 1)
+    assert conn.execute("SELECT length(aggregate_id), state FROM outbox_message").fetchall() == [(100_000, "parked")]
+
+
+def random_text(*, seed: int) -> str:
+    """A long text that hardly any compression makes shorter."""
+    return "".join(random.Random(seed).choices(string.printable, k=100_000))  # noqa: S311 -- no secret
+
+
+@both_layouts
+@pytest.mark.every_postgres
+def test_the_messages_are_shown_with_what_the_marks_say_of_them(database: Database) -> None:
+    with database.connect(autocommit=True) as shop, database.connect() as late:
+        for key in ("1", "1", "2"):  # of the shards 1, 1 and 2
+            shop.execute(f"{INSERT} VALUES ('order', %s, 'placed')", [key])
+        mark(shop, through=1, age_seconds=60)
+        mark(shop, through=3)
+        late.execute(f"{INSERT} VALUES ('order', '1', 'placed')")
+        shop.execute(f"{INSERT} VALUES ('order', '1', 'placed'), ('order', '7', 'placed'), ('order', '2', 'placed')")
+        late.execute("INSERT INTO outbox_unordered (transaction_id, from_no) VALUES (pg_current_xact_id(), 3)")
+        late.commit()
+        mark(shop, through=5)
+        set_aside(shop, 2, state="parked", reason_code="code", reason="why")
+        set_aside(shop, 3, state="waiting", reason_code="code", reason="why not")
+        assert shop.execute(
+            """
+            SELECT sequence_no, state, published_at < now() - interval '50 s', since IS NOT NULL, reason_code, reason
+            FROM outbox_message
+            ORDER BY sequence_no
+            """
+        ).fetchall() == [
+            (1, "published", True, False, None, None),
+            (2, "parked", None, True, "code", "why"),
+            (3, "waiting", None, True, "code", "why not"),
+            (4, "waiting", None, True, "late", None),
+            (5, "published", False, False, None, None),
+            (6, "unpublished", None, False, None, None),
+            (7, "unpublished", None, False, None, None),
+        ]
+
+
+@both_layouts
+@pytest.mark.every_postgres
+def test_whoever_truncates_the_outbox_empties_what_is_said_of_its_messages(database: Database) -> None:
+    role = f"cleaner_of_{database.name}"
+    with database.connect(autocommit=True) as admin:
+        admin.execute(f'CREATE ROLE "{role}" LOGIN')
+        try:
+            admin.execute(f'GRANT TRUNCATE ON outbox TO "{role}"')
+            admin.execute(f"{INSERT} VALUES ('order', '1', 'placed')")
+            mark(admin)
+            set_aside(admin, 1)
+            admin.execute("INSERT INTO outbox_unordered (transaction_id, from_no) VALUES ('500', 0)")
+            admin.execute("INSERT INTO outbox_reconciled (shard) VALUES (1)")
+            with database.connect(user=role, autocommit=True) as cleaner:
+                cleaner.execute("TRUNCATE outbox")
+            tables = ("outbox_published", "outbox_pending", "outbox_unordered", "outbox_reconciled")
+            assert [admin.execute(f"SELECT FROM {table}".encode()).rowcount for table in tables] == [0] * 4
+            assert admin.execute("SELECT FROM outbox_shard").rowcount == 16
+        finally:
+            admin.execute(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"')
 
 
 @both_layouts

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 PANELS = panels()
 SURVEYED = {
-    *("unpublished_messages", "oldest_unpublished_seconds", "parked_messages", "parked_keys"),
+    *("unpublished_messages", "oldest_unpublished_seconds", "waiting_messages", "oldest_waiting_seconds"),
+    *("parked_messages", "parked_keys", "uncollected_writers", "unreconciled_seconds"),
     *("live_tuples", "dead_tuples", "table_bytes", "index_bytes", "xid_age", "oldest_xmin_age"),
     *("longest_transaction_seconds", "oldest_prepared_transaction_seconds", "partitions_ahead_seconds"),
 }

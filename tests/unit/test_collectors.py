@@ -15,7 +15,18 @@ from outbox_relay.observe.metrics import Metrics
 from outbox_relay.relay.survey import Backlog, Head, Table, Upkeep
 
 BOUNDS = (0.001, 0.01, 0.1, 1.0)
-BACKLOG = Backlog([Head(3, 7, "order", 12.5)], unpublished_messages=4, parked_messages=2, parked_keys=1)
+BACKLOG = Backlog(
+    [
+        Head(3, 7, "unpublished", "order", age_seconds=12.5),
+        Head(3, 5, "waiting", "order", age_seconds=9.0, waiting_seconds=8.5),
+    ],
+    unpublished_messages=4,
+    waiting_messages=3,
+    parked_messages=2,
+    parked_keys=1,
+    uncollected_writers=6,
+    unreconciled_seconds=0.5,
+)
 UPKEEP = Upkeep(
     tables=[Table("outbox", live_tuples=10, dead_tuples=3, table_bytes=8192, index_bytes=16384)],
     partitions_ahead_seconds=None,
@@ -70,8 +81,12 @@ def test_what_a_survey_found_is_shown_by_table_and_single() -> None:
     expected = {
         ("unpublished_messages", ()): 4,
         ("oldest_unpublished_seconds", ()): 12.5,
+        ("waiting_messages", ()): 3,
+        ("oldest_waiting_seconds", ()): 8.5,
         ("parked_messages", ()): 2,
         ("parked_keys", ()): 1,
+        ("uncollected_writers", ()): 6,
+        ("unreconciled_seconds", ()): 0.5,
         ("xid_age", ()): 1000,
         ("oldest_xmin_age", ()): 20,
         ("longest_transaction_seconds", ()): 1.5,

@@ -129,9 +129,9 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         ({"BATCH_SIZE": "0"}, ["OUTBOX_RELAY_BATCH_SIZE: 0 is less than 1: raise it to 1 or more"]),
         ({"BATCH_BYTES": "1"}, ["OUTBOX_RELAY_BATCH_BYTES: 1 is less than 1024: raise it to 1024 or more"]),
         ({"BATCH_BYTES": "8Mx"}, ["OUTBOX_RELAY_BATCH_BYTES: '8Mx': could not interpret byte unit: Mx"]),
-        ({"SWEEP_INTERVAL": "0"}, ["OUTBOX_RELAY_SWEEP_INTERVAL: 0 is not more than 0.0: raise it"]),
-        ({"SWEEP_INTERVAL": "inf"}, ["OUTBOX_RELAY_SWEEP_INTERVAL: 'inf': input should be a finite number"]),
-        ({"SETTLE": "delet"}, ["OUTBOX_RELAY_SETTLE: 'delet' is none of 'mark' or 'delete'"]),
+        ({"LOCK_TIMEOUT": "0"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 0 is not more than 0.0: raise it"]),
+        ({"LOCK_TIMEOUT": "inf"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 'inf': input should be a finite number"]),
+        ({"ON_POISON": "skp"}, ["OUTBOX_RELAY_ON_POISON: 'skp' is none of 'park' or 'skip'"]),
         ({"SCHEMA": 'a"; drop'}, ["OUTBOX_RELAY_SCHEMA: 'a\"; drop' is no plain lower-case identifier"]),
         ({"SCHEMA": "a" * 64}, [f"OUTBOX_RELAY_SCHEMA: {'a' * 64!r} is no plain lower-case identifier"]),
         (
@@ -209,10 +209,10 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         ),
         ({"CONFIG": "/nowhere.toml"}, ["--config: /nowhere.toml cannot be read: No such file or directory"]),
         (
-            {"LANES": "x", "SETTLE": "y"},
+            {"LANES": "x", "ON_POISON": "y"},
             [
                 "OUTBOX_RELAY_LANES: 'x': input should be a valid integer, unable to parse string as an integer",
-                "OUTBOX_RELAY_SETTLE: 'y' is none of 'mark' or 'delete'",
+                "OUTBOX_RELAY_ON_POISON: 'y' is none of 'park' or 'skip'",
             ],
         ),
     ],

@@ -8,10 +8,11 @@ from typing import Literal
 import pytest
 
 from outbox_relay.kafka_admin import Cluster, Topic
-from outbox_relay.operate.doctor import kafka, postgres
+from outbox_relay.operate.doctor import kafka, messages, postgres
 from outbox_relay.operate.doctor.check import Check, duration
-from outbox_relay.operate.doctor.postgres import INDEXES, VACUUM_OPTIONS, Client, Index, Server, Table
+from outbox_relay.operate.doctor.postgres import INDEXES, VACUUM_OPTIONS, Client, Index, Server, Table, Trigger
 from outbox_relay.operate.migrate import MigrationState
+from outbox_relay.operate.status import Status
 from outbox_relay.relay.horizon import OpenTransaction
 
 SERVER = Server(
@@ -31,9 +32,10 @@ SERVER = Server(
 CLIENT = Client(host="10.0.0.7", is_encrypted=True, sslmode="verify-full", key_pid=7, pids=[7, 7], clock_seconds=0.01)
 TABLE = Table(
     name="public.outbox",
-    holds_messages=True,
+    table_name="outbox",
+    is_logged=True,
     has_autovacuum=True,
-    options=VACUUM_OPTIONS,
+    options=VACUUM_OPTIONS["outbox"],
     live_tuples=1_000,
     dead_tuples=10,
     total_bytes=2**20,
@@ -41,9 +43,25 @@ TABLE = Table(
     multixact_age=1,
 )
 FOUND = [
-    Index("outbox_pkey", is_primary=True, is_valid=True, definition="btree (id)"),
-    *(Index(name, is_primary=False, is_valid=True, definition=definition) for name, definition in INDEXES.items()),
+    Index(table, name, is_primary=name.endswith("_pkey"), is_valid=True, definition=definition)
+    for (table, name), definition in INDEXES.items()
 ]
+BY_NUMBER = Index("outbox", "by_number", is_primary=False, is_valid=True, definition="btree (sequence_no)")
+STATUS = Status(
+    unpublished=0,
+    oldest_age_seconds=0.0,
+    oldest_no=None,
+    waiting=0,
+    waiting_reasons={},
+    longest_wait_seconds=0.0,
+    parked=0,
+    parked_keys=0,
+    uncollected_writers=0,
+    unreconciled_seconds=0.0,
+    writers=[],
+    lockers=[],
+    shards=[],
+)
 SESSION = OpenTransaction(
     xid=9,
     pid=42,
@@ -173,42 +191,81 @@ def test_partitions_have_a_version_once_their_migrations_have_begun() -> None:
     ]
 
 
-def test_each_index_is_judged_by_its_presence_validity_and_definition() -> None:
-    _, unpublished, parked = FOUND
-    create = f'CREATE INDEX CONCURRENTLY {unpublished.name} ON "shop"."outbox" USING {unpublished.definition};'
-    drop = f'DROP INDEX CONCURRENTLY "shop"."{unpublished.name}";'
-    reindex = f'REINDEX INDEX CONCURRENTLY "shop"."{unpublished.name}";'
-    for found, status, remedy in (
-        (FOUND, "OK", ""),
-        ([parked], "FAIL", create),
-        ([replace(unpublished, is_valid=False), parked], "FAIL", reindex),
-        ([replace(unpublished, definition="btree (shard)"), parked], "FAIL", f"{drop}\n{create}"),
-    ):
-        check, fine = postgres.check_indexes(found, schema="shop")
-        assert (check.status, check.remedy, fine.status) == (status, remedy, "OK")
+def test_what_a_relay_refuses_to_start_with_fails_with_the_statement_that_mends_it() -> None:
+    problem = ("outbox_shard lacks 7", "INSERT INTO outbox_shard VALUES (7)")
+    for check in (postgres.check_defects, postgres.check_disagreements):
+        [found] = check([problem])
+        assert (found.status, found.finding, found.remedy) == ("FAIL", problem[0], f"{problem[1]};")
+        assert [fine.status for fine in check([])] == ["OK"]
+    [advised] = postgres.check_defects([("CACHE 50", "ALTER SEQUENCE numbers CACHE 1, then connect anew, all of you")])
+    assert (advised.finding, advised.remedy) == (
+        "CACHE 50; then connect anew, all of you",
+        "ALTER SEQUENCE numbers CACHE 1;",
+    )
+
+
+def test_a_trigger_that_may_drop_rows_is_named() -> None:
+    assert postgres.check_triggers([]).status == "OK"
+    check = postgres.check_triggers([Trigger('"Guard"', "public.outbox"), Trigger("keep", "public.outbox_published")])
+    assert check.status == "WARN"
+    assert check.finding.endswith('"Guard" of public.outbox, keep of public.outbox_published')
+    assert check.remedy == 'DROP TRIGGER "Guard" ON public.outbox;\nDROP TRIGGER keep ON public.outbox_published;'
+
+
+@pytest.mark.parametrize("at", range(len(FOUND)), ids=[index.name for index in FOUND])
+def test_each_index_is_judged_by_its_presence_validity_and_definition(at: int) -> None:
+    index, others = FOUND[at], [*FOUND[:at], *FOUND[at + 1 :]]
+    missing, invalid, other = (
+        list(postgres.check_indexes(found, schema="shop"))
+        for found in (
+            others,
+            [*others, replace(index, is_valid=False)],
+            [*others, replace(index, definition="btree (shard)")],
+        )
+    )
+    assert [check.status for check in postgres.check_indexes(FOUND, schema="shop")] == ["OK"] * len(FOUND)
+    for checks in (missing, invalid, other):
+        assert [check.name for check in checks if check.status == "FAIL"] == [f"index {index.name}"]
+    assert invalid[at].remedy == f'REINDEX INDEX CONCURRENTLY "shop"."{index.name}";'
+    assert other[at].remedy.splitlines()[1] == missing[at].remedy
+
+
+def test_a_primary_key_comes_back_as_a_constraint_and_another_index_beside_work_that_goes_on() -> None:
+    wrong = [replace(index, definition="btree (shard)") for index in FOUND]
+    remedies = {check.name: check.remedy for check in postgres.check_indexes(wrong, schema="shop")}
+    assert remedies["index outbox_pkey"] == (
+        'ALTER TABLE "shop"."outbox" DROP CONSTRAINT "outbox_pkey";\n'
+        'ALTER TABLE "shop"."outbox" ADD CONSTRAINT outbox_pkey PRIMARY KEY (shard, sequence_no);'
+    )
+    assert remedies["index outbox_pending_key_idx"] == (
+        'DROP INDEX CONCURRENTLY "shop"."outbox_pending_key_idx";\n'
+        'CREATE INDEX CONCURRENTLY outbox_pending_key_idx ON "shop"."outbox_pending"'
+        " USING btree (key_hash, is_unordered, state, sequence_no);"
+    )
 
 
 @pytest.mark.parametrize(
     ("index", "found", "status", "remedy"),
     [
-        ("outbox_unpublished_idx", FOUND, "OK", ""),
-        ("outbox_pkey", FOUND, "FAIL", 'ANALYZE "shop"."outbox";'),
+        ("outbox_pkey", FOUND, "OK", ""),
         (None, FOUND, "FAIL", 'ANALYZE "shop"."outbox";'),
-        ("outbox_pkey", FOUND[:1], "FAIL", ""),
+        (None, FOUND[1:], "FAIL", ""),
+        ("by_number", [*FOUND, BY_NUMBER], "FAIL", 'DROP INDEX CONCURRENTLY "shop"."by_number";'),
         (
             "by_number",
-            [*FOUND, Index("by_number", is_primary=False, is_valid=True, definition="btree (sequence_no)")],
+            [*FOUND, replace(BY_NUMBER, is_partitioned=True)],
             "FAIL",
-            'DROP INDEX CONCURRENTLY "shop"."by_number";',
+            'DROP INDEX "shop"."by_number";',
         ),
+        ("outbox_p3_pkey", [replace(FOUND[0], is_partitioned=True, parts=["outbox_p3_pkey"])], "OK", ""),
     ],
-    ids=["right", "primary key", "whole table", "no index", "foreign index"],
+    ids=["right", "whole table", "no index", "foreign index", "foreign index of partitions", "of a partition"],
 )
-def test_a_claim_goes_through_the_partial_index_alone(
+def test_a_lane_reads_through_the_primary_key_alone(
     index: str | None, found: list[Index], status: str, remedy: str
 ) -> None:
     scan = {"Node Type": "Scan", "Relation Name": "outbox"} | ({"Index Name": index} if index else {})
-    plan = {"Node Type": "Limit", "Plans": [{"Node Type": "Scan", "Relation Name": "outbox_shard"}, scan]}
+    plan = {"Node Type": "Limit", "Plans": [{"Node Type": "Scan", "Relation Name": "outbox_pending"}, scan]}
     check = postgres.check_plan(plan, found=found, schema="shop")
     assert (check.status, check.remedy) == (status, remedy)
 
@@ -222,12 +279,16 @@ def test_autovacuum_is_wanted_on_the_server_and_the_tables_with_the_settings_of_
 
 
 def test_a_setting_of_autovacuum_may_differ_but_not_be_absent() -> None:
-    tuned = replace(TABLE, options={**VACUUM_OPTIONS, "autovacuum_vacuum_threshold": "500"})
-    assert postgres.check_autovacuum([tuned], server=SERVER).status == "OK"
-    without = {name: value for name, value in VACUUM_OPTIONS.items() if name != "autovacuum_vacuum_threshold"}
-    check = postgres.check_autovacuum([replace(TABLE, options=without)], server=SERVER)
+    tuned = replace(TABLE, options={**VACUUM_OPTIONS["outbox"], "autovacuum_vacuum_threshold": "500"})
+    free = replace(TABLE, table_name="outbox_shard", options={})
+    assert postgres.check_autovacuum([tuned, free], server=SERVER).status == "OK"
+    without = {name: value for name, value in VACUUM_OPTIONS["outbox"].items() if not name.endswith("vacuum_threshold")}
+    marks = replace(TABLE, name="public.outbox_published", table_name="outbox_published", options={})
+    check = postgres.check_autovacuum([replace(TABLE, options=without), marks], server=SERVER)
     assert check.status == "WARN"
-    assert check.remedy == "ALTER TABLE public.outbox SET (autovacuum_vacuum_threshold = 10000);"
+    set_threshold, set_all = check.remedy.splitlines()
+    assert set_threshold == "ALTER TABLE public.outbox SET (autovacuum_vacuum_threshold = 10000);"
+    assert set_all.startswith("ALTER TABLE public.outbox_published SET (autovacuum_vacuum_scale_factor = 0.05, ")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +298,16 @@ def test_a_setting_of_autovacuum_may_differ_but_not_be_absent() -> None:
 def test_dead_tuples_are_many_when_they_are_more_than_the_live_ones(live: int, dead: int, status: str) -> None:
     check = postgres.check_dead_tuples([replace(TABLE, live_tuples=live, dead_tuples=dead)])
     assert (check.status, check.remedy) == (status, "" if status == "OK" else "VACUUM (ANALYZE) public.outbox;")
+
+
+def test_what_a_crash_of_the_server_takes_back_is_named() -> None:
+    assert postgres.check_durability([TABLE], []).status == "OK"
+    unlogged = postgres.check_durability([replace(TABLE, is_logged=False)], [])
+    assert (unlogged.status, unlogged.remedy) == ("FAIL", "ALTER TABLE public.outbox SET LOGGED;")
+    setting = ("synchronous_commit = off for shop", "ALTER ROLE shop RESET synchronous_commit;")
+    check = postgres.check_durability([TABLE], [setting])
+    assert (check.status, check.remedy) == ("WARN", setting[1])
+    assert check.finding.endswith(setting[0])
 
 
 def test_a_table_of_more_than_100_gib_is_worth_a_warning() -> None:
@@ -295,12 +366,65 @@ def test_a_replication_slot_that_nobody_reads_keeps_what_it_would_read() -> None
 
 
 def test_a_writer_holds_the_horizon_from_the_ordering_timeout_on() -> None:
-    assert postgres.check_horizon([SESSION], ordering_timeout=400.0).status == "OK"
-    check = postgres.check_horizon([SESSION, PREPARED], ordering_timeout=5.0)
+    one, both = replace(STATUS, writers=[SESSION]), replace(STATUS, writers=[SESSION, PREPARED])
+    assert messages.check_horizon(one, ordering_timeout=400.0).status == "OK"
+    check = messages.check_horizon(both, ordering_timeout=5.0)
     assert (check.status, check.remedy) == (
         "FAIL",
         "SELECT pg_terminate_backend(42);\nROLLBACK PREPARED 'it''s';",
     )
+
+
+def test_somebody_who_holds_shards_for_long_keeps_their_messages_from_everybody() -> None:
+    held = replace(STATUS, lockers=[SESSION])
+    assert messages.check_shard_locks(held, long_seconds=400.0).status == "OK"
+    check = messages.check_shard_locks(held, long_seconds=300.0)
+    assert (check.status, check.remedy) == ("FAIL", "SELECT pg_terminate_backend(42);")
+
+
+def test_a_backlog_is_a_warning_from_the_age_on_at_which_a_transaction_is_long() -> None:
+    waits = replace(STATUS, unpublished=1_234, oldest_no=7, oldest_age_seconds=400.0)
+    fine = messages.check_backlog(STATUS, long_seconds=300.0)
+    assert (fine.status, fine.finding) == ("OK", "not in Kafka yet: 0")
+    assert messages.check_backlog(waits, long_seconds=400.0).status == "OK"
+    check = messages.check_backlog(waits, long_seconds=300.0)
+    assert (check.status, check.finding) == (
+        "WARN",
+        "not in Kafka yet: 1,234, the oldest is message 7, 7 min old",
+    )
+
+
+def test_messages_that_wait_are_told_with_the_reasons() -> None:
+    waits = replace(STATUS, waiting=3, waiting_reasons={"late": 2, "skipped": 1}, longest_wait_seconds=90.0)
+    assert messages.check_waiting(STATUS, long_seconds=0.0).status == "OK"
+    assert messages.check_waiting(waits, long_seconds=90.0).status == "OK"
+    check = messages.check_waiting(waits, long_seconds=60.0)
+    assert (check.status, check.finding) == ("WARN", "3 for up to 90.0 s; late: 2, skipped: 1")
+
+
+def test_parked_messages_and_late_ones_wait_for_somebody() -> None:
+    assert (messages.check_parked(STATUS).status, messages.check_late_writers(STATUS).status) == ("OK", "OK")
+    waits = replace(STATUS, parked=3, parked_keys=2, uncollected_writers=1)
+    parked, late = messages.check_parked(waits), messages.check_late_writers(waits)
+    assert (parked.status, parked.finding) == ("WARN", "3 of 2 keys")
+    assert (late.status, late.finding[:12]) == ("WARN", "1 have ended")
+
+
+@pytest.mark.parametrize(
+    ("unreconciled_seconds", "unthinned_marks", "status", "words"),
+    [
+        (3_600.0, 999_999, "OK", "not thinned yet: 999,999"),
+        (7_201.0, 0, "WARN", "not compared with the messages for 2 h"),
+        (0.0, 1_000_000, "WARN", "1,000,000 or more that nobody has thinned"),
+    ],
+)
+def test_marks_are_compared_and_thinned(
+    unreconciled_seconds: float, unthinned_marks: int, status: str, words: str
+) -> None:
+    found = replace(STATUS, unreconciled_seconds=unreconciled_seconds)
+    check = messages.check_marks(found, unthinned_marks=unthinned_marks)
+    assert check.status == status
+    assert words in check.finding
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,10 @@ def test_sequences_are_in_the_same_order_as_text_and_as_numbers() -> None:
     [
         (Addressing(source="shop.public", replay="june"), ("replay", "june")),
         (Addressing(source="shop.public", envelope="cloudevents", replay="june"), ("ce_replay", "june")),
-        (Addressing(source="shop.public", envelope="cloudevents", is_ordered=False), ("ce_unordered", "1")),
     ],
-    ids=["a replay", "a replay as an event", "no order"],
+    ids=["a replay", "a replay as an event"],
 )
-def test_a_replayed_or_unordered_message_says_so_before_its_own_headers(addressing: Addressing, added: Header) -> None:
+def test_a_replayed_message_says_so_before_its_own_headers(addressing: Addressing, added: Header) -> None:
     record = addressing.record(with_headers({"tenant": "a"}), topic=TOPIC)
     assert record.headers[-2:] == [added, ("tenant", "a")]
 

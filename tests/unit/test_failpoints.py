@@ -53,8 +53,8 @@ def test_every_action_is_read_with_the_time_at_which_it_is_due() -> None:
         (
             "lunch=kill",
             (
-                "there is no failpoint 'lunch': use one of before_claim, after_claim, after_produce, after_report,"
-                " before_settle, after_commit"
+                "there is no failpoint 'lunch': use one of before_claim, after_claim, after_read, after_produce,"
+                " after_report, before_settle, before_record, after_commit"
             ),
         ),
         ("after_claim=die", "'after_claim=die' does nothing known: use kill, stop, raise or sleep:SECONDS"),

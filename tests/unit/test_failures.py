@@ -9,7 +9,17 @@ from confluent_kafka import KafkaError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_relay.relay.failures import BEHIND_PARKED, NO_REPORT, WITHDRAWN, Backoff, Scope, scope_of
+from outbox_relay.relay.failures import (
+    BEHIND_PARKED,
+    BEHIND_WAITING,
+    HELD_BACK,
+    NO_REPORT,
+    TOPIC_HELD,
+    WITHDRAWN,
+    Backoff,
+    Scope,
+    scope_of,
+)
 
 MESSAGE_CODES = {
     "INVALID_MSG_SIZE",
@@ -84,7 +94,18 @@ def test_an_outage_is_the_connections(code: str) -> None:
 
 
 def test_our_own_failures_park_nothing_but_what_is_behind_a_parked_message() -> None:
-    assert [NO_REPORT.scope, WITHDRAWN.scope, BEHIND_PARKED.scope] == [Scope.CONNECTION, Scope.BATCH, Scope.MESSAGE]
+    ours = [NO_REPORT, WITHDRAWN, BEHIND_WAITING, TOPIC_HELD, BEHIND_PARKED]
+    assert [failure.scope for failure in ours] == [
+        Scope.CONNECTION,
+        Scope.BATCH,
+        Scope.TOPIC,
+        Scope.TOPIC,
+        Scope.MESSAGE,
+    ]
+
+
+def test_what_was_never_sent_says_nothing_about_kafka() -> None:
+    assert {BEHIND_WAITING, BEHIND_PARKED, TOPIC_HELD} == HELD_BACK
 
 
 def test_pauses_double_up_to_the_cap() -> None:

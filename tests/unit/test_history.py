@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import xor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from outbox_relay.sandbox.history import (
     History,
     Hold,
+    Mark,
     Outcome,
     Place,
     Record,
@@ -90,7 +93,11 @@ def test_counts_name_every_word_and_every_outcome() -> None:
     }
 
 
-@pytest.mark.parametrize("rows", [[row("a", 1, state=State.UNPUBLISHED)], []], ids=["unpublished", "no row"])
+@pytest.mark.parametrize(
+    "rows",
+    [[row("a", 1, state=State.UNPUBLISHED)], [row("a", 1, state=State.WAITING)], []],
+    ids=["unpublished", "waiting", "no row"],
+)
 def test_committed_message_that_is_not_in_kafka_is_lost(rows: list[Row]) -> None:
     assert found(History([write("a")], rows, [])) == {"is_correct": False, "lost": ("a",)}
 
@@ -191,6 +198,61 @@ def test_late_message_that_says_so_is_given_up_and_not_reordered() -> None:
 def test_mark_without_a_record_is_false_and_the_message_lost() -> None:
     history = History([write("a")], [row("a", 1)], [])
     assert found(history) == {"is_correct": False, "lost": ("a",), "false_mark": ("a",)}
+
+
+ROWS = [
+    row("a", 1),
+    row("b", 2, state=State.PARKED),
+    replace(row("c", 3), shard=1),
+    row("d", 4),
+    replace(row("e", 5), is_counted=False),
+    row("f", 6, state=State.UNPUBLISHED),
+]
+MARKS = [Mark(0, 2, messages=2, checksum=1 ^ 2), Mark(0, 5, messages=1, checksum=4), Mark(1, 9, messages=1, checksum=3)]
+
+
+def miscounted(rows: list[Row], marks: list[Mark] = MARKS, *, rows_are_kept: bool = True) -> tuple[object, ...]:
+    return judge(History([], rows, [], marks=marks, rows_are_kept=rows_are_kept)).miscounted
+
+
+def test_marks_that_count_the_rows_below_them_agree() -> None:
+    assert miscounted(ROWS) == ()
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        Mark(0, 5, messages=0, checksum=0),
+        Mark(0, 5, messages=2, checksum=4 ^ 5),
+        Mark(0, 5, messages=1, checksum=7),
+        Mark(0, 6, messages=1, checksum=4),
+    ],
+    ids=["none", "a late one", "another one", "too far"],
+)
+def test_mark_that_has_counted_other_messages_than_there_are_is_miscounted(mark: Mark) -> None:
+    assert miscounted(ROWS, [MARKS[0], mark, MARKS[2]]) == ((0, mark.through),)
+
+
+def test_row_that_appeared_below_a_mark_makes_the_mark_miscounted_wherever_rows_are_removed() -> None:
+    rows = [*ROWS, replace(row("g", 7), shard=1)]
+    assert miscounted(rows) == miscounted(rows, rows_are_kept=False) == ((1, 9),)
+
+
+@pytest.mark.parametrize(("rows_are_kept", "found"), [(True, ((0, 2),)), (False, ())])
+def test_missing_row_makes_its_mark_miscounted_only_where_rows_are_kept(
+    *, rows_are_kept: bool, found: tuple[object, ...]
+) -> None:
+    assert miscounted(ROWS[1:], rows_are_kept=rows_are_kept) == found
+
+
+def test_message_that_an_operator_skipped_may_be_missing_below_its_mark() -> None:
+    rows = [row("a", 1), row("b", 2, state=State.SKIPPED), *ROWS[2:]]
+    assert miscounted(rows) == ()
+
+
+def test_row_that_replaced_another_one_makes_the_mark_miscounted() -> None:
+    rows = [*ROWS[1:], replace(row("g", 7), shard=1), row("h", 0)]
+    assert miscounted(rows, rows_are_kept=False) == ((0, 2), (1, 9))
 
 
 @pytest.mark.parametrize(
@@ -384,20 +446,28 @@ def correct_history(fates: list[Fate]) -> History:
         for name in order + repeats + replays
     ]
     records[len(order + repeats) :] = [replace(each, is_replay=True) for each in records[len(order + repeats) :]]
+    rows = [row(name, numbered[name][0], key=fate.key, state=fate.state) for name, fate in kept.items()]
+    rows = [replace(each, is_counted=not kept[each.message_id].is_unordered) for each in rows]
     return History(
         [write(name, key=fate.key, outcome=fate.outcome) for name, (_, fate) in numbered.items()],
-        [
-            row(name, numbered[name][0], key=fate.key, state=fate.state)
-            for name, fate in kept.items()
-            if not (fate.is_pruned and fate.state is State.PUBLISHED)
-        ],
+        [each for each in rows if not (kept[each.message_id].is_pruned and each.state is State.PUBLISHED)],
         appended(records),
         rows_are_kept=False,
+        marks=marks_of(rows),
         partition_counts={TOPIC: {PARTITIONS}},
         holds=[Hold("order", "held", 4, begins={})],
         effects={"billing": order, "shipping": order},
         most_duplicates=len(repeats),
     )
+
+
+def marks_of(rows: Sequence[Row]) -> list[Mark]:
+    """A mark for every three rows."""
+    marks = []
+    for first in range(0, len(rows), 3):
+        numbers = [each.sequence_no for each in rows[first : first + 3] if each.is_counted]
+        marks.append(Mark(0, rows[first : first + 3][-1].sequence_no, len(numbers), reduce(xor, numbers, 0)))
+    return marks
 
 
 def appended(records: Iterable[Record]) -> list[Record]:
@@ -442,6 +512,11 @@ def with_marked_row_of_nobody(history: History) -> History:
     return replace(history, rows=[*history.rows, row("nobody", 1_000)])
 
 
+def with_row_that_no_mark_counted(history: History) -> History:
+    marks = [Mark(0, 3, messages=2, checksum=2 ^ 3), *history.marks[1:]]
+    return replace(history, marks=marks)
+
+
 def with_changed_value(history: History) -> History:
     first, *others = history.records
     return replace(history, records=[replace(first, digest=digest(b"changed")), *others])
@@ -479,6 +554,7 @@ VIOLATIONS: dict[str, tuple[Callable[[History], History], str, object]] = {
     "record of nobody": (with_phantom, "unexpected", "phantom"),
     "records are swapped": (with_swapped_records, "reordered", "m1"),
     "row of nobody is marked": (with_marked_row_of_nobody, "false_mark", "nobody"),
+    "row was not counted": (with_row_that_no_mark_counted, "miscounted", (0, 3)),
     "value is changed": (with_changed_value, "corrupted", "m1"),
     "header is dropped": (with_dropped_header, "corrupted", "m1"),
     "record is elsewhere": (with_moved_record, "misplaced", "m3"),

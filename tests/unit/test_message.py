@@ -1,4 +1,4 @@
-"""What a claimed message becomes on the wire, and what Kafka could never accept, as tables of cases."""
+"""What a message becomes on the wire, and what Kafka could never accept, as tables of cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from outbox_relay.relay.failures import BEHIND_PARKED, WITHDRAWN, Failure, Scope, Unpublishable
+from outbox_relay.relay.failures import (
+    BEHIND_PARKED,
+    TOPIC_HELD,
+    WITHDRAWN,
+    Failure,
+    Scope,
+    Unpublishable,
+)
 from outbox_relay.relay.message import Addressing, Prepared, Record, prepare
 from tests.fixtures.outbox import PLAIN
 
@@ -104,16 +111,9 @@ def test_a_header_that_python_cannot_read_is_refused(value: str) -> None:
     assert "the headers cannot be read" in reason(PLAIN._replace(headers=f'{{"deep": {value}}}'))
 
 
-@pytest.mark.parametrize(
-    ("message", "addressing"),
-    [
-        (PLAIN._replace(is_unordered=True), ADDRESSING),
-        (PLAIN, Addressing(source="shop.public", is_ordered=False)),
-    ],
-    ids=["overtaken", "no order at all"],
-)
-def test_a_message_that_may_be_late_says_so(message: Message, addressing: Addressing) -> None:
-    assert addressing.record(message, topic=TOPIC).headers == [*COMMON, JSON_CONTENT, ("unordered", "1")]
+def test_a_message_that_others_may_have_overtaken_says_so() -> None:
+    overtaken = PLAIN._replace(is_unordered=True)
+    assert ADDRESSING.record(overtaken, topic=TOPIC).headers == [*COMMON, JSON_CONTENT, ("unordered", "1")]
 
 
 @pytest.mark.parametrize(
@@ -197,17 +197,22 @@ FIRST = PLAIN._replace(sequence_no=1)
 BAD_HEADER = PLAIN._replace(sequence_no=2, headers='{"n": 1}')
 OTHER = PLAIN._replace(sequence_no=3, aggregate_id="other")
 LATER = PLAIN._replace(sequence_no=4)
-BEHIND = PLAIN._replace(sequence_no=5, aggregate_id="parked before", is_behind_parked=True)
+BEHIND = PLAIN._replace(sequence_no=5, aggregate_id="parked before")
 BAD_TOPIC = PLAIN._replace(sequence_no=6, aggregate_type="basket")
 UNPUBLISHABLE = Failure(Scope.MESSAGE, "unpublishable", 'header "n" is 1: a header is a string')
 NOT_ALLOWED = Failure(Scope.MESSAGE, "unpublishable", 'topic "basket.events" is not among OUTBOX_RELAY_ALLOWED_TOPICS')
+
+
+def behind_parked(message: Message) -> Failure | None:
+    """What a stint says: nothing else was set aside before."""
+    return BEHIND_PARKED if message.aggregate_id == BEHIND.aggregate_id else None
 
 
 @pytest.mark.parametrize(
     ("on_poison", "indexes", "outcomes"),
     [
         ("park", [0, 2], [None, UNPUBLISHABLE, None, WITHDRAWN, BEHIND_PARKED, NOT_ALLOWED]),
-        ("skip", [0, 2, 3, 4], [None, UNPUBLISHABLE, None, None, None, NOT_ALLOWED]),
+        ("skip", [0, 2, 3], [None, UNPUBLISHABLE, None, None, BEHIND_PARKED, NOT_ALLOWED]),
     ],
 )
 def test_nothing_is_sent_behind_a_message_that_cannot_be_unless_it_is_skipped(
@@ -216,9 +221,35 @@ def test_nothing_is_sent_behind_a_message_that_cannot_be_unless_it_is_skipped(
     batch = [FIRST, BAD_HEADER, OTHER, LATER, BEHIND, BAD_TOPIC]
     addressing = Addressing(allowed=frozenset({TOPIC}))
     expected = Prepared([addressing.record(batch[index], topic=TOPIC) for index in indexes], indexes, outcomes)
-    assert prepare(batch, addressing=addressing, on_poison=on_poison) == expected
+    assert prepare(batch, addressing=addressing, on_poison=on_poison, why_held_back=behind_parked) == expected
 
 
 def test_a_bad_message_behind_a_parked_one_is_behind_it_first_of_all() -> None:
-    behind = BAD_HEADER._replace(is_behind_parked=True)
-    assert prepare([behind], addressing=ADDRESSING, on_poison="park") == Prepared([], [], [BEHIND_PARKED])
+    behind = BAD_HEADER._replace(aggregate_id=BEHIND.aggregate_id)
+    prepared = prepare([behind], addressing=ADDRESSING, on_poison="park", why_held_back=behind_parked)
+    assert prepared == Prepared([], [], [BEHIND_PARKED])
+
+
+@pytest.mark.parametrize("on_poison", ["park", "skip"])
+def test_an_unordered_message_that_cannot_be_sent_holds_up_no_other(on_poison: OnPoison) -> None:
+    late = BAD_HEADER._replace(is_unordered=True)
+    prepared = prepare([late, LATER], addressing=ADDRESSING, on_poison=on_poison)
+    assert (prepared.indexes, prepared.outcomes) == ([1], [UNPUBLISHABLE, None])
+
+
+def test_an_unordered_message_is_sent_behind_one_that_cannot_be() -> None:
+    late = LATER._replace(is_unordered=True)
+    prepared = prepare([BAD_HEADER, late], addressing=ADDRESSING, on_poison="park")
+    assert (prepared.indexes, prepared.outcomes) == ([1], [UNPUBLISHABLE, None])
+
+
+def test_messages_of_a_held_topic_are_not_sent_and_not_even_looked_at() -> None:
+    prepared = prepare([FIRST, BAD_HEADER, BAD_TOPIC], addressing=ADDRESSING, on_poison="park", held_types={"order"})
+    assert (prepared.indexes, prepared.outcomes) == ([2], [TOPIC_HELD, TOPIC_HELD, None])
+
+
+def test_what_takes_too_many_bytes_is_parked_under_kafkas_name_for_it() -> None:
+    too_large = PLAIN._replace(stored_bytes=8_000_001, payload=None, headers=None)
+    [outcome] = prepare([too_large], addressing=ADDRESSING, on_poison="park").outcomes
+    assert outcome is not None
+    assert (outcome.scope, outcome.code) == (Scope.MESSAGE, "MSG_SIZE_TOO_LARGE")

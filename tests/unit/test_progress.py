@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from outbox_relay.observe.progress import Progress
-from outbox_relay.relay.survey import Head
+from outbox_relay.relay.survey import Head, HeadState
 
 MAX_AGE = 60.0
 
 
-def head(number: int, *, shard: int = 3) -> Head:
-    return Head(shard=shard, sequence_no=number, aggregate_type="order", age_seconds=1_000_000.0)
+def head(number: int, *, shard: int = 3, state: HeadState = "unpublished", aggregate_type: str = "order") -> Head:
+    return Head(shard, sequence_no=number, state=state, aggregate_type=aggregate_type, age_seconds=1_000_000.0)
 
 
 def seen(*looks: tuple[float, list[Head]]) -> Progress:
@@ -36,6 +36,30 @@ def test_a_backlog_of_any_age_that_gets_shorter_does_not_stand_still() -> None:
 def test_a_late_message_in_front_of_the_others_begins_anew() -> None:
     progress = seen((0, [head(7)]), (40, [head(5)]), (80, [head(5)]))
     assert progress.why_stuck(now=99, max_age=MAX_AGE) == []
+
+
+def test_a_message_that_waits_stands_still_although_the_next_ones_of_its_shard_are_published() -> None:
+    looks = [(at, [head(100 + at), head(7, state="waiting")]) for at in range(0, 75, 15)]
+    assert seen(*looks).why_stuck(now=61, max_age=MAX_AGE) == [
+        "message 7 has waited first in shard 3 for 61 s; 1 stand still"
+    ]
+
+
+def test_a_message_that_waits_stands_still_although_those_of_another_type_get_through() -> None:
+    looks = [
+        (at, [head(7, state="waiting"), head(9 + at, state="waiting", aggregate_type="basket")])
+        for at in range(0, 75, 15)
+    ]
+    assert seen(*looks).why_stuck(now=61, max_age=MAX_AGE) == [
+        "message 7 has waited first in shard 3 for 61 s; 1 stand still"
+    ]
+
+
+def test_the_next_message_of_a_shard_stands_still_although_those_that_wait_are_published() -> None:
+    looks = [(at, [head(100), head(7 + at, state="waiting")]) for at in range(0, 75, 15)]
+    assert seen(*looks).why_stuck(now=61, max_age=MAX_AGE) == [
+        "message 100 has been the next of shard 3 for 61 s; 1 stand still"
+    ]
 
 
 def test_a_shard_that_was_empty_in_between_begins_anew() -> None:

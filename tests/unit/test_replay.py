@@ -1,8 +1,6 @@
-"""In which order, in which pieces and how fast a replay goes, and when the command refuses to begin."""
+"""What a replay sends together and again, how fast it goes, and when the command refuses to begin."""
 
 from __future__ import annotations
-
-from datetime import UTC, datetime
 
 import pytest
 from click.testing import CliRunner
@@ -10,54 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox_relay.cli.replay import replay
-from outbox_relay.operate.replay import Found, Pace, ReplayOptions, chunks, in_order
+from outbox_relay.operate.replay import Pace, ReplayOptions, readable, unacknowledged
+from outbox_relay.relay.failures import WITHDRAWN
+from tests.fixtures.outbox import message
 
-NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
-
-
-def found(number: int, *, position: int = 0, stored_bytes: int = 1) -> Found:
-    return Found(number, position, "order", NOON, stored_bytes)
+OUTCOMES = st.lists(st.tuples(st.sampled_from("abc"), st.booleans()))
 
 
-@st.composite
-def drawn_by_writers(draw: st.DrawFn) -> tuple[list[Found], int]:
-    """Messages in the order of their ids, and how many writers at most were between their two draws at once."""
-    most_writers = draw(st.integers(1, 4))
-    waiting: list[int] = []
-    numbers: dict[int, int] = {}
-    ids = 0
-    for chance in draw(st.lists(st.integers(0, 100), max_size=60)):
-        if waiting and (len(waiting) == most_writers or chance % 2):
-            numbers[waiting.pop(chance % len(waiting))] = len(numbers) + 1
-        else:
-            ids += 1
-            waiting.append(ids)
-    return [found(numbers[position], position=position) for position in sorted(numbers)], most_writers
+@given(OUTCOMES)
+def test_what_is_sent_again_is_of_each_key_all_from_the_first_message_that_was_not_acknowledged(
+    sent: list[tuple[str, bool]],
+) -> None:
+    messages = [message(number, key) for number, (key, _) in enumerate(sent)]
+    rest = unacknowledged(messages, [None if is_acknowledged else WITHDRAWN for _, is_acknowledged in sent])
+    for key in "abc":
+        outcomes = [is_acknowledged for each, is_acknowledged in sent if each == key]
+        first = outcomes.index(False) if False in outcomes else len(outcomes)
+        of_key = [each for each in messages if each.aggregate_id == key]
+        assert [each for each in rest if each.aggregate_id == key] == of_key[first:]
+    assert rest == sorted(rest)
 
 
-@given(drawn_by_writers())
-def test_messages_come_in_sequence_order_however_writers_overlapped(drawn: tuple[list[Found], int]) -> None:
-    messages, most_writers = drawn
-    assert list(in_order(messages, most_ahead=most_writers)) == sorted(messages)
-
-
-def test_a_message_that_too_many_were_ahead_of_comes_late_and_is_not_lost() -> None:
-    messages = [found(number) for number in (2, 3, 4, 1)]
-    assert [each.sequence_no for each in in_order(messages, most_ahead=2)] == [2, 1, 3, 4]
-
-
-@given(st.lists(st.integers(1, 10)), st.integers(1, 5), st.integers(1, 20))
-def test_chunks_are_the_messages_in_order_within_both_limits(sizes: list[int], messages: int, most_bytes: int) -> None:
-    given = [found(number, stored_bytes=size) for number, size in enumerate(sizes)]
-    parts = list(chunks(given, messages=messages, stored_bytes=most_bytes))
-    assert [each for part in parts for each in part] == given
-    assert all(1 <= len(part) <= messages for part in parts)
-    assert all(len(part) == 1 or sum(each.stored_bytes for each in part) <= most_bytes for part in parts)
-
-
-def test_chunks_are_as_large_as_the_limits_allow() -> None:
-    given = [found(number, stored_bytes=size) for number, size in enumerate([3, 3, 3, 9, 1, 1, 1])]
-    assert [len(part) for part in chunks(given, messages=3, stored_bytes=6)] == [2, 1, 1, 3]
+def test_a_list_ends_before_a_message_whose_contents_were_withheld_although_they_may_be_read() -> None:
+    messages = [message(1), message(2, stored_bytes=101)._replace(headers=None), message(3)._replace(headers=None)]
+    assert readable([*messages, message(4)], readable_bytes=100) == messages[:2]
+    assert readable(messages[:2], readable_bytes=100) == messages[:2]
 
 
 @given(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_relay.relay.failures import BEHIND_PARKED, NO_REPORT, WITHDRAWN, Failure, Outcome, Scope
-from outbox_relay.relay.settle import Parked, Settlement, decide
+from outbox_relay.relay.failures import (
+    BEHIND_PARKED,
+    BEHIND_WAITING,
+    NO_REPORT,
+    TOPIC_HELD,
+    WITHDRAWN,
+    Failure,
+    Outcome,
+    Scope,
+)
+from outbox_relay.relay.settle import Aside, Settlement, decide
 from tests.fixtures.outbox import message
 
 if TYPE_CHECKING:
@@ -18,6 +28,15 @@ if TYPE_CHECKING:
 
 REFUSED = Failure(Scope.MESSAGE, "MSG_SIZE_TOO_LARGE", "Broker: Message size too large")
 MISSING_TOPIC = Failure(Scope.TOPIC, "UNKNOWN_TOPIC_OR_PART", "Broker: Unknown topic or partition")
+ON_POISON: list[OnPoison] = ["park", "skip"]
+
+
+def parked(message: Message, failure: Failure) -> Aside:
+    return Aside(message, "parked", failure)
+
+
+def waiting(message: Message, failure: Failure) -> Aside:
+    return Aside(message, "waiting", failure)
 
 
 def test_everything_acknowledged_is_published() -> None:
@@ -25,122 +44,157 @@ def test_everything_acknowledged_is_published() -> None:
     assert decide(messages, [None, None], on_poison="park") == Settlement(published=messages)
 
 
-@pytest.mark.parametrize("failure", [NO_REPORT, WITHDRAWN, MISSING_TOPIC])
-def test_what_failed_for_now_holds_up_only_later_messages_of_its_key(failure: Failure) -> None:
+@pytest.mark.parametrize("failure", [NO_REPORT, MISSING_TOPIC, TOPIC_HELD, BEHIND_WAITING])
+def test_what_kafka_does_not_take_now_waits_with_the_later_messages_of_its_key(failure: Failure) -> None:
     first, failed, other, later = message(1), message(2), message(3, "other"), message(4)
     decided = decide([first, failed, other, later], [None, failure, None, None], on_poison="park")
+    assert decided == Settlement(
+        published=[first, other], waiting=[waiting(failed, failure), waiting(later, BEHIND_WAITING)]
+    )
+
+
+def test_what_was_withdrawn_stays_unsettled_with_the_later_messages_of_its_key() -> None:
+    first, failed, other, later = message(1), message(2), message(3, "other"), message(4)
+    decided = decide([first, failed, other, later], [None, WITHDRAWN, None, None], on_poison="park")
     assert decided == Settlement(published=[first, other], unsettled=[failed, later])
 
 
 def test_the_same_id_of_another_type_is_another_key() -> None:
     failed, other = message(1), message(2, aggregate_type="basket")
     decided = decide([failed, other], [NO_REPORT, None], on_poison="park")
-    assert decided == Settlement(published=[other], unsettled=[failed])
+    assert decided == Settlement(published=[other], waiting=[waiting(failed, NO_REPORT)])
 
 
-def test_a_refused_message_is_parked_with_the_brokers_words_and_its_successors_with_its_number() -> None:
+def test_a_refused_message_is_parked_with_the_brokers_words_and_the_later_ones_of_its_key_behind_it() -> None:
     first, refused, other, later = message(1), message(2), message(3, "other"), message(4)
     decided = decide([first, refused, other, later], [None, REFUSED, None, None], on_poison="park")
     assert decided == Settlement(
-        published=[first, other],
-        parked=[
-            Parked(refused, "MSG_SIZE_TOO_LARGE: Broker: Message size too large"),
-            Parked(later, BEHIND_PARKED.text),
-        ],
+        published=[first, other], parked=[parked(refused, REFUSED), parked(later, BEHIND_PARKED)]
     )
 
 
 def test_a_message_behind_one_parked_earlier_is_parked() -> None:
     behind = message(1)
-    decided = decide([behind], [BEHIND_PARKED], on_poison="park")
-    assert decided == Settlement(parked=[Parked(behind, "behind_parked: an earlier message of the key is parked")])
+    assert decide([behind], [BEHIND_PARKED], on_poison="park") == Settlement(parked=[parked(behind, BEHIND_PARKED)])
 
 
 def test_under_skip_only_the_refused_message_is_parked() -> None:
     refused, later = message(1), message(2)
     decided = decide([refused, later], [REFUSED, None], on_poison="skip")
-    assert decided == Settlement(
-        published=[later], parked=[Parked(refused, "MSG_SIZE_TOO_LARGE: Broker: Message size too large")]
-    )
+    assert decided == Settlement(published=[later], parked=[parked(refused, REFUSED)])
 
 
-@pytest.mark.parametrize("on_poison", ["park", "skip"])
-def test_a_refused_message_behind_an_unsettled_one_waits_for_it(on_poison: OnPoison) -> None:
-    open_, refused = message(1), message(2)
-    decided = decide([open_, refused], [NO_REPORT, REFUSED], on_poison=on_poison)
-    assert decided == Settlement(unsettled=[open_, refused])
+@pytest.mark.parametrize("on_poison", ON_POISON)
+def test_a_refused_message_behind_one_that_waits_waits_for_it(on_poison: OnPoison) -> None:
+    away, refused = message(1), message(2)
+    decided = decide([away, refused], [NO_REPORT, REFUSED], on_poison=on_poison)
+    assert decided == Settlement(waiting=[waiting(away, NO_REPORT), waiting(refused, BEHIND_WAITING)])
 
 
-keys = st.sampled_from(["a", "b", "c"])
-outcomes = st.sampled_from([None, None, None, REFUSED, BEHIND_PARKED, NO_REPORT, WITHDRAWN, MISSING_TOPIC])
-batches = st.lists(st.tuples(keys, outcomes), max_size=30)
+@pytest.mark.parametrize("on_poison", ON_POISON)
+@pytest.mark.parametrize("failure", [REFUSED, NO_REPORT])
+def test_a_message_that_failed_behind_a_withdrawn_one_is_sent_again_with_it(
+    failure: Failure, on_poison: OnPoison
+) -> None:
+    withdrawn, failed = message(1), message(2)
+    decided = decide([withdrawn, failed], [WITHDRAWN, failure], on_poison=on_poison)
+    assert decided == Settlement(unsettled=[withdrawn, failed])
 
 
-def decided(batch: list[tuple[str, Outcome]], *, on_poison: OnPoison) -> tuple[list[Message], Settlement]:
-    messages = [message(number, key) for number, (key, _) in enumerate(batch, start=1)]
-    return messages, decide(messages, [outcome for _, outcome in batch], on_poison=on_poison)
+@pytest.mark.parametrize("failure", [REFUSED, NO_REPORT, WITHDRAWN])
+def test_an_unordered_message_holds_up_no_later_one_of_its_key(failure: Failure) -> None:
+    late, later = message(1)._replace(is_unordered=True), message(2)
+    assert decide([late, later], [failure, None], on_poison="park").published == [later]
 
 
-def fates_by_key(messages: list[Message], settlement: Settlement) -> dict[Key, str]:
-    """What became of the messages of each key in order, a letter each: published, parked or unsettled (p, x, u)."""
+@pytest.mark.parametrize("failure", [REFUSED, NO_REPORT, WITHDRAWN])
+def test_an_unordered_message_is_held_up_by_no_earlier_one_of_its_key(failure: Failure) -> None:
+    failed, late = message(1), message(2)._replace(is_unordered=True)
+    assert decide([failed, late], [failure, None], on_poison="park").published == [late]
+
+
+key_names = st.sampled_from(["a", "b", "c"])
+outcomes = st.sampled_from([None, None, None, REFUSED, BEHIND_PARKED, NO_REPORT, TOPIC_HELD, WITHDRAWN, MISSING_TOPIC])
+batches = st.lists(st.tuples(key_names, outcomes, st.sampled_from([False, False, True])), max_size=30)
+
+Batch = list[tuple[str, Outcome, bool]]
+
+
+def messages_of(batch: Batch) -> list[Message]:
+    return [
+        message(number, key)._replace(is_unordered=is_unordered)
+        for number, (key, _, is_unordered) in enumerate(batch, start=1)
+    ]
+
+
+def decided(batch: Batch, *, on_poison: OnPoison) -> Settlement:
+    return decide(messages_of(batch), [outcome for _, outcome, _ in batch], on_poison=on_poison)
+
+
+def fates(settlement: Settlement) -> dict[Message, str]:
+    """What became of each message, a letter each: published, parked, waiting or unsettled (p, x, w, u)."""
     letters = dict.fromkeys(settlement.published, "p")
-    letters |= dict.fromkeys((parked.message for parked in settlement.parked), "x")
-    letters |= dict.fromkeys(settlement.unsettled, "u")
-    fates: defaultdict[Key, str] = defaultdict(str)
-    for each in messages:
-        fates[each.key] += letters[each]
-    return fates
+    letters |= {aside.message: "x" for aside in settlement.parked}
+    letters |= {aside.message: "w" for aside in settlement.waiting}
+    return letters | dict.fromkeys(settlement.unsettled, "u")
 
 
-@given(batches, st.sampled_from(["park", "skip"]))
-def test_every_message_is_in_exactly_one_list_in_sequence_order(
-    batch: list[tuple[str, Outcome]], on_poison: OnPoison
-) -> None:
-    messages, settlement = decided(batch, on_poison=on_poison)
-    parked = [each.message for each in settlement.parked]
-    assert sorted(settlement.published + parked + settlement.unsettled) == messages
-    assert all(part == sorted(part) for part in (settlement.published, parked, settlement.unsettled))
+def fates_by_key(batch: Batch, *, on_poison: OnPoison) -> list[str]:
+    """What became of the ordered messages of each key, in their order."""
+    letters = fates(decided(batch, on_poison=on_poison))
+    words: defaultdict[Key, str] = defaultdict(str)
+    for each in messages_of(batch):
+        if not each.is_unordered:
+            words[each.key] += letters[each]
+    return list(words.values())
 
 
-@given(batches, st.sampled_from(["park", "skip"]))
-def test_only_acknowledged_messages_are_published_and_only_refused_ones_parked_under_skip(
-    batch: list[tuple[str, Outcome]], on_poison: OnPoison
-) -> None:
-    messages, settlement = decided(batch, on_poison=on_poison)
-    outcome_of = {each: outcome for each, (_, outcome) in zip(messages, batch, strict=True)}
-    assert all(outcome_of[each] is None for each in settlement.published)
-    if on_poison == "skip":
-        refused = [outcome_of[parked.message] for parked in settlement.parked]
-        assert all(outcome is not None and outcome.scope is Scope.MESSAGE for outcome in refused)
+@given(batches, st.sampled_from(ON_POISON))
+def test_every_message_is_in_exactly_one_list_in_sequence_order(batch: Batch, on_poison: OnPoison) -> None:
+    settlement = decided(batch, on_poison=on_poison)
+    asides = [[aside.message for aside in part] for part in (settlement.parked, settlement.waiting)]
+    parts = [settlement.published, *asides, settlement.unsettled]
+    assert sorted(chain.from_iterable(parts)) == messages_of(batch)
+    assert all(part == sorted(part) for part in parts)
 
 
-@given(batches)
-def test_under_park_a_key_is_published_up_to_its_first_failure_and_then_all_parked_or_all_left(
-    batch: list[tuple[str, Outcome]],
-) -> None:
-    messages, settlement = decided(batch, on_poison="park")
-    for fates in fates_by_key(messages, settlement).values():
-        behind_published = fates.lstrip("p")
-        assert len(set(behind_published)) <= 1
+@given(batches, st.sampled_from(ON_POISON))
+def test_no_message_is_published_that_kafka_has_not_acknowledged(batch: Batch, on_poison: OnPoison) -> None:
+    outcome_of = {each: outcome for each, (_, outcome, _) in zip(messages_of(batch), batch, strict=True)}
+    assert {outcome_of[each] for each in decided(batch, on_poison=on_poison).published} <= {None}
 
 
 @given(batches)
-def test_under_skip_a_key_goes_on_behind_a_parked_message_and_not_behind_an_open_one(
-    batch: list[tuple[str, Outcome]],
-) -> None:
-    messages, settlement = decided(batch, on_poison="skip")
-    for fates in fates_by_key(messages, settlement).values():
-        assert set(fates.lstrip("px")) <= {"u"}
+def test_under_park_nothing_of_a_key_is_published_behind_what_is_not(batch: Batch) -> None:
+    for word in fates_by_key(batch, on_poison="park"):
+        assert len(set(word.lstrip("p"))) <= 1
 
 
 @given(batches)
-def test_the_first_failure_of_a_key_decides_its_fate(batch: list[tuple[str, Outcome]]) -> None:
-    messages, settlement = decided(batch, on_poison="park")
-    parked = {each.message.key for each in settlement.parked}
-    left = {each.key for each in settlement.unsettled}
-    first_failures: dict[Key, Failure] = {}
-    for each, (_, outcome) in zip(messages, batch, strict=True):
-        if outcome is not None:
-            first_failures.setdefault(each.key, outcome)
-    assert parked == {key for key, failure in first_failures.items() if failure.scope is Scope.MESSAGE}
-    assert left == first_failures.keys() - parked
+def test_under_skip_nothing_of_a_key_is_published_behind_what_waits_or_is_unsettled(batch: Batch) -> None:
+    for word in fates_by_key(batch, on_poison="skip"):
+        assert len(set(word.lstrip("px"))) <= 1
+
+
+@given(batches, st.sampled_from(ON_POISON))
+def test_the_first_failure_that_holds_up_a_key_decides_the_fate_of_the_rest(batch: Batch, on_poison: OnPoison) -> None:
+    fate_of_scope = {Scope.MESSAGE: "x", Scope.TOPIC: "w", Scope.CONNECTION: "w", Scope.BATCH: "u"}
+    stopped: dict[str, str] = {}
+    expected = []
+    for key, outcome, is_unordered in batch:
+        fate = "p" if outcome is None else fate_of_scope[outcome.scope]
+        fate = fate if is_unordered else stopped.get(key, fate)
+        expected.append(fate)
+        if not is_unordered and fate != "p" and (fate != "x" or on_poison == "park"):
+            stopped[key] = fate
+    letters = fates(decided(batch, on_poison=on_poison))
+    assert [letters[each] for each in messages_of(batch)] == expected
+
+
+@given(batches, st.sampled_from(ON_POISON))
+def test_what_is_set_aside_says_why_in_a_way_that_fits_its_state(batch: Batch, on_poison: OnPoison) -> None:
+    settlement = decided(batch, on_poison=on_poison)
+    assert {aside.state for aside in settlement.parked} <= {"parked"}
+    assert {aside.failure.scope for aside in settlement.parked} <= {Scope.MESSAGE}
+    assert {aside.state for aside in settlement.waiting} <= {"waiting"}
+    assert {aside.failure.scope for aside in settlement.waiting} <= {Scope.TOPIC, Scope.CONNECTION}

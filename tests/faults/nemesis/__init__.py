@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from random import Random
 
-from tests.faults.nemesis import consumer, kafka, network, operator, postgres, process
+from tests.faults.nemesis import consumer, kafka, network, operator, postgres, process, tables
 from tests.faults.soak.stage import Stage
 
 Fault = Callable[[Stage, Random], AbstractContextManager[None]]
@@ -21,6 +21,7 @@ FAULTS: dict[str, Fault] = {
     for fault in (
         *process.PROCESS,
         *postgres.POSTGRES,
+        *tables.TABLES,
         *network.NETWORK,
         *kafka.KAFKA,
         *operator.OPERATOR,

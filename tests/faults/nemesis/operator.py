@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from outbox_relay.sandbox.history import Place
     from tests.faults.soak.stage import Stage
 
-SELECT_PARKED = "SELECT id, sequence_no FROM outbox WHERE message_id = %s AND parked_at IS NOT NULL"
+SELECT_PARKED = "SELECT sequence_no FROM outbox_message WHERE message_id = %s AND state = 'parked'"
 REPLAYED = 200
 
 
 @contextmanager
 def poison_mended(stage: Stage, chance: Random) -> Iterator[None]:
     """A message is parked with what comes behind it; it is edited, and all of them are released."""
-    with parked(stage, key=chance.choice(stage.keys)) as id_:
+    with parked(stage, key=chance.choice(stage.keys)) as number:
         yield
         edits = [f"--remove-header={name}" for name in POISON]
-        stage.command("parked", "edit", id_, *edits, dsn=stage.operator_dsn)
-    stage.command("parked", "release", id_, dsn=stage.operator_dsn)
+        stage.command("parked", "edit", number, *edits, dsn=stage.operator_dsn)
+    stage.command("parked", "release", number, dsn=stage.operator_dsn)
 
 
 @contextmanager
 def poison_skipped(stage: Stage, chance: Random) -> Iterator[None]:
     """A message is parked with what comes behind it; it is taken out, and the others are released."""
-    with parked(stage, key=chance.choice(stage.keys)) as id_:
+    with parked(stage, key=chance.choice(stage.keys)) as number:
         yield
-    stage.command("parked", "skip", id_, "--release-rest", "--yes", "--why=soak", dsn=stage.operator_dsn)
+    stage.command("parked", "skip", number, "--release-rest", "--yes", "--why=soak", dsn=stage.operator_dsn)
 
 
 @contextmanager
@@ -77,13 +77,13 @@ def parked(stage: Stage, *, key: str) -> Iterator[str]:
     with stage.pipeline.database.connect(autocommit=True) as connection:
         write = commit_poison(connection, key)
         stage.writes.append(write)
-        [(id_, number)] = eventually(
+        [(number,)] = eventually(
             lambda: connection.execute(SELECT_PARKED, [write.message_id]).fetchall(),
             timeout=RECOVERY_SECONDS,
             message="it is not parked",
         )
     begins = ends_of(stage)
-    yield str(id_)
+    yield str(number)
     stage.holds.append(Hold(type_of(key), key, number, begins=begins, ends=ends_of(stage)))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from psycopg.errors import LockNotAvailable
 
 from tests.faults.nemesis.sessions import ended, holding
-from tests.faults.soak.stage import comes_true, noticed
+from tests.faults.soak.stage import noticed
 from tests.fixtures.load import insert_messages
 from tests.fixtures.pipeline import TERMINATE_RELAYS
 from tests.fixtures.waiting import eventually
@@ -73,17 +73,6 @@ def snapshot_held(stage: Stage, _chance: Random) -> Iterator[None]:
 
 
 @contextmanager
-def rows_held(stage: Stage, _chance: Random) -> Iterator[None]:
-    """Rows that a relay claims next, by somebody who takes no shard first: it waits, and tries again."""
-    with stage.pipeline.database.connect() as somebody:
-        with holding(stage, "LOCK TABLE outbox_shard IN EXCLUSIVE MODE"):  # until then no relay takes them
-            comes_true(stage.pipeline.unpublished)
-            somebody.execute("SELECT FROM outbox WHERE published_at IS NULL AND parked_at IS NULL FOR UPDATE")
-        with noticed(stage, "claim_conflicted"):
-            yield
-
-
-@contextmanager
 def writer_left_open(stage: Stage, _chance: Random) -> Iterator[None]:
     with stage.pipeline.database.connect() as writer, noticed(stage, "writer_given_up"):
         writes = insert_messages(writer, *stage.keys)
@@ -123,7 +112,6 @@ POSTGRES = (
     postgres_killed,
     relays_sessions_terminated,
     shards_held,
-    rows_held,
     table_locked,
     snapshot_held,
     writer_left_open,

@@ -90,6 +90,19 @@ def relay_stopped_at_once(stage: Stage, chance: Random) -> Iterator[None]:
 
 
 @contextmanager
+def messages_kept_for_seconds(stage: Stage, chance: Random) -> Iterator[None]:
+    """One relay removes what is published as soon as that is possible."""
+    relay = chance.choice(stage.relays)
+    restart(relay, retention="1")
+    before = stage.first_number
+    yield
+    has_pruned = comes_true(lambda: stage.first_number > before)
+    restart(relay)
+    if not has_pruned:
+        raise DidNotFire
+
+
+@contextmanager
 def relay_frozen(stage: Stage, chance: Random) -> Iterator[None]:
     relay = chance.choice(stage.relays)
     relay.signal(signal.SIGSTOP)
@@ -125,6 +138,7 @@ PROCESS = (
     relay_meets_an_unforeseen_error,
     relay_stopped,
     relay_stopped_at_once,
+    messages_kept_for_seconds,
     relay_frozen,
     relay_frozen_beyond_its_transaction,
 )

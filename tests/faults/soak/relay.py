@@ -27,7 +27,6 @@ SETTINGS: dict[str, str | float] = {
     "statement_timeout": STATEMENT_SECONDS,
     "lock_timeout": 1,
     "ordering_timeout": 2,
-    "sweep_interval": 2,
     "retention": 0,  # an operator prunes
 }
 END_SECONDS = 30.0
@@ -54,7 +53,7 @@ class Relay:
     def start(self, **settings: str | float) -> None:
         """Start a process; it waits for PostgreSQL and Kafka by itself."""
         dsn = make_conninfo(self._pipeline.database.relay_dsn, host="127.0.0.1", port=self.network.port)
-        self._daemons.append(self._pipeline.relay(database_url=dsn, **SETTINGS, **settings))
+        self._daemons.append(self._pipeline.relay(database_url=dsn, **(SETTINGS | settings)))
 
     def await_start(self) -> None:
         self.running.wait_for_event("relay_started")
@@ -69,6 +68,11 @@ class Relay:
     def count(self, event: str) -> int:
         """How often its processes have logged *event*."""
         return sum(len(daemon.events_named(event)) for daemon in self._daemons)
+
+    @property
+    def found_skipped(self) -> int:
+        """How many messages its processes have found that no mark had counted."""
+        return sum(int(str(event["messages"])) for event in self.log if event.get("event") == "skipped_messages_found")
 
     def kill(self) -> None:
         """End whatever still runs."""

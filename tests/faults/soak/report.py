@@ -49,6 +49,8 @@ class Report:
         latency_seconds: From commit to arrival, of messages committed undisturbed, during a fault (until the
             recovery), and within ten seconds after it.
         not_recovered: Faults after which something was left unsettled for too long.
+        skipped: How many messages the nemesis has written where no relay looks.
+        found_skipped: How many relays have found there; any more would be false alarms.
     """
 
     seed: int
@@ -58,6 +60,8 @@ class Report:
     latency_seconds: dict[str, list[float]]
     not_recovered: list[str]
     oldest_transaction_seconds: float
+    skipped: int
+    found_skipped: int
 
     @property
     def never_fired(self) -> list[str]:
@@ -75,6 +79,8 @@ def report_of(soak: Soak, *, seed: int, seconds: float) -> Report:
         latency_seconds=_latencies(soak.history, incidents=soak.incidents),
         not_recovered=[" + ".join(each.step.faults) for each in soak.incidents if each.recovered_at is None],
         oldest_transaction_seconds=soak.oldest_transaction_seconds,
+        skipped=soak.skipped,
+        found_skipped=soak.found_skipped,
     )
 
 
@@ -99,6 +105,7 @@ def lines(report: Report) -> Iterator[str]:
         yield f"| {name} | {len(latencies):,} | {_spread(latencies)} |"
     yield ""
     yield f"Oldest transaction of a relay: {report.oldest_transaction_seconds:.1f} s."
+    yield f"Skipped on purpose: {report.skipped:,}; found by reconciling: {report.found_skipped:,}."
     if report.not_recovered:
         yield f"Not recovered: {', '.join(report.not_recovered)}."
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from outbox_relay.sandbox.history import History
-from outbox_relay.sandbox.reading import count_partitions, read_rows, read_topics
+from outbox_relay.sandbox.reading import count_partitions, count_unsettled, read_outbox, read_topics
 from tests.faults.nemesis import FAULTS, PAIRABLE
 from tests.faults.soak.relay import BATCH_SIZE, LANES
 from tests.faults.soak.schedule import schedule
@@ -35,12 +35,6 @@ LAST_SECONDS = 120.0
 CHANCES = 5
 WATCH_SECONDS = 0.2
 
-SELECT_WAITING = """
-SELECT
-FROM outbox
-WHERE published_at IS NULL AND parked_at IS NULL AND sequence_no <= %s
-LIMIT 1
-"""
 SELECT_OLDEST_TRANSACTION = """
 SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8
 FROM pg_stat_activity
@@ -72,10 +66,14 @@ class Soak:
 
     Attributes:
         oldest_transaction_seconds: The highest age that a transaction of a relay was seen to have.
+        skipped: How many messages were written where no relay looks, by the nemesis.
+        found_skipped: How many relays have found there.
     """
 
     incidents: list[Incident] = field(default_factory=list)
     oldest_transaction_seconds: float = 0.0
+    skipped: int = 0
+    found_skipped: int = 0
     history: History = field(default_factory=lambda: History((), (), ()))
 
 
@@ -102,10 +100,12 @@ def soak(
                 steps = schedule(seed, faults=faults, pairable=PAIRABLE)
                 _strike_for(seconds, stage, result, steps=steps, tell=tell)
             stage.pipeline.await_settled(timeout=LAST_SECONDS)
+            comes_true(lambda: stage.found_skipped >= stage.skipped, seconds=RECOVERY_SECONDS)
             eventually(lambda: stage.is_consumed, timeout=LAST_SECONDS, message="the consumers are behind")
         finally:
             stop.set()
             result.oldest_transaction_seconds = watched.result()
+            result.skipped, result.found_skipped = stage.skipped, stage.found_skipped
             result.history = _history(stage, records.result(), incidents=len(result.incidents))
 
 
@@ -157,7 +157,7 @@ def _counted(stage: Stage, name: str, *, seed: int, fired: list[str]) -> Iterato
 
 def _is_settled(stage: Stage, last_number: int) -> bool:
     with stage.pipeline.database.connect() as connection:
-        return connection.execute(SELECT_WAITING, [last_number]).fetchone() is None
+        return count_unsettled(connection, through=last_number) == 0
 
 
 def _watch_transactions(stage: Stage, *, stop: Event) -> float:
@@ -177,12 +177,13 @@ def _watch_transactions(stage: Stage, *, stop: Event) -> float:
 def _history(stage: Stage, records: Sequence[Record], *, incidents: int) -> History:
     servers, topics = stage.kafka.bootstrap_servers, stage.pipeline.topics
     with stage.pipeline.database.connect() as connection:
-        rows = read_rows(connection)
+        rows, marks = read_outbox(connection)
     return History(
         writes=[*stage.load.writes, *stage.writes],
         rows=rows,
         records=records,
         rows_are_kept=False,
+        marks=marks,
         partition_counts={topic: {count} for topic, count in count_partitions(servers, topics=topics).items()},
         holds=stage.holds,
         effects=read_effects(stage.inbox),

@@ -46,7 +46,20 @@ SESSION_TIMEOUT_MS = 6000
 PLAN = Plan(writers=4, longest_pause=0.1)
 COMMAND_SECONDS = 60.0
 SIGN_SECONDS = 15.0
+
 RECOVERY_SECONDS = 60.0
+
+SELECT_FIRST_PUBLISHED = """
+SELECT coalesce(min(first.sequence_no), 9223372036854775807)
+FROM outbox_shard
+CROSS JOIN LATERAL (
+    SELECT outbox_message.sequence_no
+    FROM outbox_message
+    WHERE outbox_message.shard = outbox_shard.shard AND outbox_message.state = 'published'
+    ORDER BY outbox_message.sequence_no
+    LIMIT 1
+) AS first
+"""
 
 
 class DidNotFire(Exception):
@@ -67,6 +80,7 @@ class Stage:
         operator_dsn: Of a login that may decide about parked messages.
         pruner_dsn: Of a login that may prune.
         writes: Messages that the nemesis has written, beside those of the load.
+        skipped: How many of them it has written where no relay looks.
         holds: How long keys were parked.
     """
 
@@ -81,6 +95,7 @@ class Stage:
     relays: list[Relay] = field(default_factory=list)
     consumers: dict[Guard, list[Daemon]] = field(default_factory=dict)
     writes: list[Write] = field(default_factory=list)
+    skipped: int = 0
     holds: list[Hold] = field(default_factory=list)
 
     @property
@@ -145,6 +160,18 @@ class Stage:
     def committed(self, writes: Iterable[Write]) -> None:
         """Record messages that the nemesis has written."""
         self.writes += [replace(write, outcome=Outcome.COMMITTED, ended_at=time.monotonic()) for write in writes]
+
+    @property
+    def found_skipped(self) -> int:
+        """How many messages relays have found that no mark had counted."""
+        return sum(relay.found_skipped for relay in self.relays)
+
+    @property
+    def first_number(self) -> int:
+        """The lowest number that is published and still in the table; behind all numbers if there is none."""
+        with self.pipeline.database.connect() as connection:
+            [(number,)] = connection.execute(SELECT_FIRST_PUBLISHED).fetchall()
+        return int(number)
 
     def count(self, event: str) -> int:
         """How often relays have logged *event*."""
