@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import drain, horizon, hour, idle, inbox, latency, layout, published, size, snapshot
+from benchmarks import drain, horizon, hour, idle, inbox, latency, layout, published, size, snapshot, versions
 from benchmarks.bench import Bench, running_bench
+from benchmarks.installation import installed_revision
 from benchmarks.plan import FULL, QUICK
 from benchmarks.report import document
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from benchmarks.report import Table
 
-RESULTS = Path(__file__).with_name("results") / "latest.md"
+RESULTS = Path(__file__).with_name("results")
 
 SCENARIOS: dict[str, Callable[[Bench], list[Table]]] = {
     "drain": drain.measure,
@@ -39,22 +41,27 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SCENARIOS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small sizes, once: a few minutes, to see that it works")
     parser.add_argument("--repeat", type=int, help="how often everything is measured")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the report goes")
+    parser.add_argument("--against", metavar="REVISION", help="compare this checkout with a git revision instead")
+    parser.add_argument("--output", type=Path, help="where the report goes")
     given = parser.parse_args()
     if unknown := set(given.scenarios) - SCENARIOS.keys():
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
+    if given.against and given.scenarios:
+        parser.error("--against has scenarios of its own: name none")
     plan = QUICK if given.quick else FULL
-    with running_bench(replace(plan, repeat=given.repeat or plan.repeat)) as bench:
-        text = report(bench, given.scenarios or SCENARIOS)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(text)
+    plan = replace(plan, repeat=given.repeat or plan.repeat)
+    with installed_revision(given.against) if given.against else nullcontext() as other, running_bench(plan) as bench:
+        tables = versions.compare(bench, other) if other else run(bench, given.scenarios or SCENARIOS)
+        text = document(tables, dsn=bench.server.dsn(), repeat=plan.repeat)
+    output = given.output or RESULTS / ("versions.md" if given.against else "latest.md")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
     print(text)
 
 
-def report(bench: Bench, names: Iterable[str]) -> str:
-    """Run the scenarios in *names* one after the other; give the report."""
-    tables = [table for name in names for table in SCENARIOS[name](bench)]
-    return document(tables, dsn=bench.server.dsn(), repeat=bench.plan.repeat)
+def run(bench: Bench, names: Iterable[str]) -> list[Table]:
+    """Run the scenarios in *names* one after the other."""
+    return [table for name in names for table in SCENARIOS[name](bench)]
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ import secrets
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import psycopg
 
-from outbox_relay.operate import migrate
-from outbox_relay.sandbox.kafka import Kafka, KafkaCluster
+from benchmarks.installation import Installation, this_checkout
+from outbox_relay.sandbox.kafka import KafkaCluster
 from outbox_relay.sandbox.postgres import PostgresServer, installed_servers
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ AS_IN_PRODUCTION = ("-XX:TieredStopAtLevel=4",)  # the broker's virtual machine 
 
 # The payload is 200 bytes as JSON; hexadecimal digits compress about as well as what people send.
 INSERT_MESSAGES = """
-INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload, published_at)
+INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload)
 SELECT
     %(aggregate_type)s,
     'customer-' || number %% %(keys)s,
@@ -37,9 +37,17 @@ SELECT
     jsonb_build_object(
         'note', md5('a' || number) || md5('b' || number) || md5('c' || number) || md5('d' || number),
         'order', lpad(number::text, 47, '0')
-    ),
-    CASE WHEN %(are_published)s THEN now() END
+    )
 FROM generate_series(1, %(count)s) AS number
+"""
+
+# Marks as close together as under steady traffic, and as exact.
+INSERT_MARKS = """
+INSERT INTO outbox_published (shard, through, messages, checksum)
+SELECT shard, max(sequence_no), count(*), bit_xor(sequence_no)
+FROM outbox
+WHERE sequence_no > (SELECT coalesce(max(through), 0) FROM outbox_published)
+GROUP BY shard, sequence_no / 200
 """
 
 
@@ -48,8 +56,9 @@ class Bench:
     """What a scenario gets."""
 
     server: PostgresServer
-    kafka: Kafka
+    kafka: KafkaCluster
     plan: Plan
+    installation: Installation = field(default_factory=this_checkout)
 
     @contextmanager
     def database(self, *, backlog: int = 0) -> Iterator[str]:
@@ -70,21 +79,28 @@ class Bench:
         subprocess.run([program, *options, dsn], cwd=directory, check=True, stdout=subprocess.DEVNULL)
 
     def _template(self, admin: psycopg.Connection, *, backlog: int) -> str:
-        """Give the name of the database that those of this size are copied from; the first time, make it."""
-        name = f"backlog_{backlog}"
+        """Return the name of the database that those of this size are copied from; the first time, make it."""
+        name = f"backlog_{backlog}_of_{self.installation.name}"
         if not admin.execute("SELECT FROM pg_database WHERE datname = %s", [name]).rowcount:
             admin.execute(f"CREATE DATABASE {name}")
+            self.installation.migrate(self.server.dsn(name))
             with psycopg.connect(self.server.dsn(name), autocommit=True) as connection:
-                migrate.apply(connection, schema="public")
                 insert_messages(connection, count=backlog)
         return name
 
 
 def insert_messages(connection: psycopg.Connection, *, count: int, are_published: bool = False) -> None:
     """Insert *count* messages and vacuum; *connection* is in autocommit mode."""
-    parameters = {"aggregate_type": AGGREGATE_TYPE, "keys": KEYS, "count": count, "are_published": are_published}
-    connection.execute(INSERT_MESSAGES, parameters)
+    connection.execute(INSERT_MESSAGES, {"aggregate_type": AGGREGATE_TYPE, "keys": KEYS, "count": count})
     connection.execute("VACUUM (ANALYZE) outbox")
+    if are_published:
+        publish_all(connection)
+
+
+def publish_all(connection: psycopg.Connection) -> None:
+    """Write marks that pass every message there is, and vacuum; *connection* is in autocommit mode."""
+    connection.execute(INSERT_MARKS)
+    connection.execute("VACUUM (ANALYZE) outbox_published")
 
 
 def say(line: str) -> None:

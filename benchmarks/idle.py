@@ -7,39 +7,38 @@ from dataclasses import dataclass
 
 from benchmarks.bench import Bench, say
 from benchmarks.relay import running_relays
-from benchmarks.report import Table, spread
+from benchmarks.report import Figure, Table, by_case
 from benchmarks.rounds import in_rounds
 from benchmarks.topic import temporary_topic
+from benchmarks.usage import tree_seconds
 
 BACKLOGS = {"never used": 0, "drained": 1_000}
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Processor time as a share of one core, and memory."""
+    """Processor time of the relay and of PostgreSQL as a share of one core, and the relay's memory."""
 
-    cpu_percent: float
+    relay_percent: float
+    postgres_percent: float
     peak_megabytes: float
+
+
+FIGURES = (
+    Figure("relay, % of one core", "relay_percent", digits=1),
+    Figure("PostgreSQL, % of one core", "postgres_percent", digits=1),
+    Figure("peak MB", "peak_megabytes"),
+)
 
 
 def measure(bench: Bench) -> list[Table]:
     """Watch a relay beside an outbox without and with a past, in turns."""
     plan = bench.plan
     samples = in_rounds(BACKLOGS, lambda name: _watch(bench, name), repeat=plan.repeat)
-    table = Table(
-        "Idle",
-        f"A relay with its default settings, watched for {plan.idle_seconds:g} s after as long a time to come to rest.",
-        ("outbox", "CPU, % of one core", "peak MB"),
-        [
-            (
-                name,
-                spread([idle.cpu_percent for idle in measured], digits=1),
-                spread([idle.peak_megabytes for idle in measured]),
-            )
-            for name, measured in samples.items()
-        ],
+    method = (
+        f"A relay with its default settings, watched for {plan.idle_seconds:g} s after as long a time to come to rest."
     )
-    return [table]
+    return [by_case("Idle", method, case="outbox", figures=FIGURES, samples=samples)]
 
 
 def _watch(bench: Bench, name: str) -> Idle:
@@ -48,11 +47,13 @@ def _watch(bench: Bench, name: str) -> Idle:
     with (
         bench.database(backlog=backlog) as dsn,
         temporary_topic(bench.kafka) as topic,
-        running_relays(dsn=dsn, kafka=bench.kafka, topic=topic) as [relay],
+        running_relays(bench, dsn=dsn, topic=topic) as [relay],
     ):
         topic.await_messages(backlog)
         time.sleep(seconds)
-        started, cpu_before = time.monotonic(), relay.cpu_seconds()
+        started, relay_before, postgres_before = time.monotonic(), relay.cpu_seconds(), tree_seconds(bench.server.pid)
         time.sleep(seconds)
-        cpu_seconds = relay.cpu_seconds() - cpu_before
-        return Idle(cpu_seconds / (time.monotonic() - started) * 100, relay.peak_megabytes())
+        relay_seconds = relay.cpu_seconds() - relay_before
+        postgres_seconds = tree_seconds(bench.server.pid) - postgres_before
+        percent = 100 / (time.monotonic() - started)
+        return Idle(relay_seconds * percent, postgres_seconds * percent, relay.peak_megabytes())

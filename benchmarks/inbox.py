@@ -83,7 +83,7 @@ def _kept(bench: Bench) -> Table:
 
 
 def _consume(bench: Bench, case: Case) -> float:
-    """Give the microseconds that each message took."""
+    """Return the microseconds that each message took."""
     say(f"inbox: {case.inbox}, {case.batch}")
     count = bench.plan.inbox_messages if case.batch > 1 else bench.plan.inbox_messages_singly
     seconds = 0.0

@@ -3,134 +3,134 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
-from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING
-from uuid import UUID
 
-from benchmarks.bench import AGGREGATE_TYPE, KEYS, Bench, say
+from benchmarks.bench import Bench, say
 from benchmarks.relay import running_relays
-from benchmarks.report import Table, spread
+from benchmarks.report import Figure, Table, by_case
 from benchmarks.rounds import in_rounds
 from benchmarks.topic import temporary_topic
-from outbox_relay.sandbox.history import History, Outcome, Write, commit_to_arrival_seconds
+from benchmarks.usage import USE, Meter, Use
+from benchmarks.writers import WRITERS, logged_writes
+from outbox_relay.sandbox.history import History, commit_to_arrival_seconds
 from outbox_relay.sandbox.reading import read_topics
 
 if TYPE_CHECKING:
-    from outbox_relay.sandbox.history import Record
+    from benchmarks.relay import Relay
+    from benchmarks.topic import Topic
+    from outbox_relay.sandbox.history import Record, Write
 
-WRITERS = 16
 
-# Client and count make the message id, by which a line of the log finds its record.
-SCRIPT = f"""\
-\\set count :count + 1
-\\set customer random(1, {KEYS})
-INSERT INTO outbox (message_id, aggregate_type, aggregate_id, event_type, payload)
-VALUES (
-    (lpad(to_hex(:client_id::bigint), 8, '0') || lpad(to_hex(:count::bigint), 24, '0'))::uuid,
-    '{AGGREGATE_TYPE}',
-    'customer-' || :customer::bigint,
-    'order_placed',
-    '{{"order": "{"0123456789abcdef" * 11}0123456789a"}}'
-);
-"""
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One run with a relay: what was written and read, and what the relay took."""
+
+    writes: list[Write]
+    records: list[Record]
+    cores: float
+    peak_megabytes: float
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """What one run at one rate showed; times in milliseconds."""
+    """
+    What one rate showed; times in milliseconds.
+
+    Attributes:
+        writers: What the writers take without a relay.
+        use: What is taken beyond that with one.
+    """
 
     written_per_second: float
     median: float
     p95: float
     p99: float
     cores: float
+    peak_megabytes: float
+    use: Use
+    writers: Use
+
+
+LATENCY = (
+    Figure("written/s", "written_per_second"),
+    Figure("median ms", "median", digits=1),
+    Figure("p95 ms", "p95", digits=1),
+    Figure("p99 ms", "p99", digits=1),
+    Figure("relay cores", "cores", digits=2),
+    Figure("peak MB", "peak_megabytes"),
+)
+TAKEN = (
+    *USE,
+    Figure("PostgreSQL us/message, writers alone", "writers.postgres_microseconds", digits=1),
+    Figure("log bytes/message, writers alone", "writers.wal_bytes", digits=1),
+)
 
 
 def measure(bench: Bench) -> list[Table]:
     """Measure each rate, round by round."""
     plan = bench.plan
-    rates = in_rounds(plan.latency_rates, lambda rate: _measure_rate(bench, rate), repeat=plan.repeat)
-    table = Table(
+    rates = in_rounds(plan.latency_rates, lambda rate: measure_rate(bench, rate), repeat=plan.repeat)
+    samples = {f"{rate:,}": measured for rate, measured in rates.items()}
+    latency = by_case(
         "Latency from commit to consumer",
         f"One-row transactions from {WRITERS} connections of `pgbench`, which starts them at random times (Poisson) "
         f"whether or not earlier ones are done; {plan.latency_seconds:g} s after {plan.warm_up_seconds:g} s of "
         "warm-up; a relay with its default settings. From the moment the writer knows of its commit to the moment "
         "the consumer has the message, in ms. A rate that was not written was not measured: compare the first two "
         "columns.",
-        ("asked/s", "written/s", "median ms", "p95 ms", "p99 ms", "relay cores"),
-        [
-            (
-                f"{rate:,}",
-                spread([sample.written_per_second for sample in samples]),
-                spread([sample.median for sample in samples], digits=1),
-                spread([sample.p95 for sample in samples], digits=1),
-                spread([sample.p99 for sample in samples], digits=1),
-                spread([sample.cores for sample in samples], digits=2),
-            )
-            for rate, samples in rates.items()
-        ],
+        case="asked/s",
+        figures=LATENCY,
+        samples=samples,
     )
-    return [table]
+    taken = by_case(
+        "What steady traffic takes",
+        "The same runs, warm-up included. In each round the writers also run without a relay, as long and on an outbox "
+        "of their own; that is taken away from what the same writers, relay and consumer take together.",
+        case="asked/s",
+        figures=TAKEN,
+        samples=samples,
+    )
+    return [latency, taken]
 
 
-def _measure_rate(bench: Bench, rate: int) -> Latency:
-    say(f"latency: {rate} transactions/s")
-    plan = bench.plan
+def measure_rate(bench: Bench, rate: int) -> Latency:
+    """Run the writers alone, and then with a relay and a consumer."""
+    say(f"latency: {bench.installation.name}, {rate} transactions/s")
+    seconds = bench.plan.warm_up_seconds + bench.plan.latency_seconds
+    with bench.database() as dsn:
+        meter = Meter(bench, dsn)
+        alone = meter.per_message(len(logged_writes(bench, dsn, rate=rate, seconds=seconds)))
+    with bench.database() as dsn, temporary_topic(bench.kafka) as topic:
+        with running_relays(bench, dsn=dsn, topic=topic) as [relay]:
+            meter = Meter(bench, dsn)
+            traffic = _run(bench, dsn, relay, topic, rate=rate, seconds=seconds)
+        together = meter.per_message(len(traffic.writes))
+    return _latency(traffic, use=together.beyond(alone), writers=alone, warm_up_seconds=bench.plan.warm_up_seconds)
+
+
+def _run(bench: Bench, dsn: str, relay: Relay, topic: Topic, *, rate: int, seconds: float) -> Traffic:
     stop = Event()
-    with (
-        bench.database() as dsn,
-        temporary_topic(bench.kafka) as topic,
-        running_relays(dsn=dsn, kafka=bench.kafka, topic=topic) as [relay],
-        ThreadPoolExecutor(1) as threads,
-    ):
+    with ThreadPoolExecutor(1) as threads:
         # The only busy thread of this process while pgbench runs, so that it is never late to stamp a message.
         consumer = threads.submit(read_topics, bench.kafka.bootstrap_servers, topics=[topic.name], stop=stop)
         started, cpu_before = time.monotonic(), relay.cpu_seconds()
         try:
-            writes = write_steadily(bench, dsn, rate=rate, seconds=plan.warm_up_seconds + plan.latency_seconds)
+            writes = logged_writes(bench, dsn, rate=rate, seconds=seconds)
             cores = (relay.cpu_seconds() - cpu_before) / (time.monotonic() - started)
             topic.await_messages(len(writes))
         finally:
             stop.set()
-        records = consumer.result()
-    warm_at = min(write.ended_at for write in writes) + plan.warm_up_seconds
-    return _latency([write for write in writes if write.ended_at >= warm_at], records, cores=cores)
+        return Traffic(writes, consumer.result(), cores=cores, peak_megabytes=relay.peak_megabytes())
 
 
-def write_steadily(bench: Bench, dsn: str, *, rate: int, seconds: float) -> list[Write]:
-    """Write at *rate* for *seconds*; give every commit."""
-    options = ("--rate", str(rate), "--time", str(round(seconds)), "--client", str(WRITERS), "--protocol=prepared")
-    files = ("--no-vacuum", "--define=count=0", "--file=script.sql", "--log", "--log-prefix=transactions")
-    with TemporaryDirectory() as name:
-        directory = Path(name)
-        (directory / "script.sql").write_text(SCRIPT)
-        bench.pgbench(dsn, *options, *files, directory=directory)
-        [log] = directory.glob("transactions.*")
-        return _writes(log)
-
-
-def _writes(log: Path) -> list[Write]:
-    """Read a log of pgbench: client, count, microseconds, script, and when it ended in seconds and microseconds."""
-    since_epoch = time.time() - time.monotonic()
-    counts: Counter[int] = Counter()
-    writes = []
-    for line in log.read_text().splitlines():
-        client, _, _, _, seconds, microseconds, *_ = map(int, line.split())
-        counts[client] += 1
-        message_id = str(UUID(int=(client << 96) + counts[client]))
-        ended_at = seconds + microseconds / 1e6 - since_epoch
-        writes.append(Write(message_id, key="", digest=b"", outcome=Outcome.COMMITTED, ended_at=ended_at))
-    return writes
-
-
-def _latency(writes: list[Write], records: list[Record], *, cores: float) -> Latency:
-    latencies = commit_to_arrival_seconds(History(writes, rows=(), records=records))
+def _latency(traffic: Traffic, *, use: Use, writers: Use, warm_up_seconds: float) -> Latency:
+    warm_at = min(write.ended_at for write in traffic.writes) + warm_up_seconds
+    writes = [write for write in traffic.writes if write.ended_at >= warm_at]
+    latencies = commit_to_arrival_seconds(History(writes, rows=(), records=traffic.records))
     if len(latencies) < len(writes):
         raise RuntimeError(f"{len(writes) - len(latencies)} of {len(writes)} messages did not arrive")
     ended = [write.ended_at for write in writes]
@@ -140,5 +140,8 @@ def _latency(writes: list[Write], records: list[Record], *, cores: float) -> Lat
         median=percentiles[49],
         p95=percentiles[94],
         p99=percentiles[98],
-        cores=cores,
+        cores=traffic.cores,
+        peak_megabytes=traffic.peak_megabytes,
+        use=use,
+        writers=writers,
     )

@@ -10,11 +10,15 @@ import psycopg
 from confluent_kafka import KafkaException, Producer
 
 from benchmarks.bench import KEYS, Bench, say
+from benchmarks.lane import SCHEMA, claim, reach, read
 from benchmarks.topic import temporary_topic
 from outbox_relay.config import Settings
-from outbox_relay.relay.claim import ClaimOptions, Floors, claim
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
+from outbox_relay.relay.marks import Marks
 from outbox_relay.relay.message import Addressing, prepare
-from outbox_relay.sql import numbers, statement
+from outbox_relay.relay.read import Limits
+from outbox_relay.relay.settle import record_marks
+from outbox_relay.relay.shards import SHARDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,33 +36,31 @@ LOG_ERRORS = 3
 LIMITS = {
     "produce": "`produce()` in a loop with a delivery callback per message",
     "copy": "`COPY outbox TO STDOUT`",
-    "mark": f"`UPDATE outbox SET published_at` of {BATCH:,} ids per transaction",
-    "delete": f"`DELETE FROM outbox` of {BATCH:,} ids per transaction",
+    "read": "the read of a relay, batch after batch in one transaction",
+    "mark": f"one transaction with {SHARDS} marks for {BATCH:,} messages",
 }
 
 
 def measure_limits(bench: Bench) -> dict[str, float]:
-    """Give messages a second for each name in `LIMITS`."""
+    """Return messages a second for each name in `LIMITS`."""
     say("limits")
     count = bench.plan.drain_messages
     with bench.database(backlog=count) as dsn:
-        records = _records(dsn)
         seconds = {
+            "produce": _produce_seconds(bench, _records(dsn), count=count),
             "copy": _copy_seconds(dsn),
-            "mark": _settle_seconds(dsn, "settle_mark", count=count),
+            "read": _read_seconds(dsn),
+            "mark": _mark_seconds(dsn, count=count),
         }
-    with bench.database(backlog=count) as dsn:
-        seconds["delete"] = _settle_seconds(dsn, "settle_delete", count=count)
-    seconds["produce"] = _produce_seconds(bench, records, count=count)
     return {name: count / seconds[name] for name in LIMITS}
 
 
 def _records(dsn: str) -> list[Record]:
-    """Give what the relay itself would send: one record of each key."""
-    with psycopg.connect(dsn) as connection:
-        batch = claim(connection, options=ClaimOptions(messages=KEYS), through=KEYS, floors=Floors())
-        connection.rollback()
-    return prepare(batch.messages, addressing=Addressing(source="benchmark"), on_poison="park").records
+    """Return what the relay itself would send: about one record of each key."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        reached = reach(connection)
+        messages = read(connection, claim(connection, reached), reached, limits=Limits(messages=KEYS))
+    return prepare(messages, addressing=Addressing(source="benchmark"), on_poison="park").records
 
 
 def _produce_seconds(bench: Bench, records: Sequence[Record], *, count: int) -> float:
@@ -96,12 +98,24 @@ def _copy_seconds(dsn: str) -> float:
         return time.monotonic() - started
 
 
-def _settle_seconds(dsn: str, name: str, *, count: int) -> float:
-    """Run the relay's own statement for ids in rising order, with commits that do not wait for the disk, as it does."""
+def _read_seconds(dsn: str) -> float:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("SET synchronous_commit = off")
-        settle = statement(name, schema="public")
         started = time.monotonic()
-        for first in range(1, count + 1, BATCH):
-            psycopg.ClientCursor(connection).execute(settle, {"ids": numbers(range(first, first + BATCH))})
+        reached = reach(connection)
+        claimed = claim(connection, reached)
+        while messages := read(connection, claimed, reached):
+            claimed.marks.pass_over(messages)
+        return time.monotonic() - started
+
+
+def _mark_seconds(dsn: str, *, count: int) -> float:
+    """Record marks as stints do, with commits that do not wait for the disk."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        started = time.monotonic()
+        for through in range(BATCH, count + BATCH, BATCH):
+            marks = Marks(dict.fromkeys(range(SHARDS), 0))
+            for shard in range(SHARDS):
+                marks.pass_nothing(shard, through=through)
+            connection.execute(begin_statement(ClaimOptions(schema=SCHEMA)))
+            record_marks(connection, marks, schema=SCHEMA)
         return time.monotonic() - started

@@ -11,14 +11,15 @@ class Plan:
     Sizes of all scenarios; the defaults are those of the full run.
 
     Attributes:
-        repeat: Rounds of every scenario but `published` and `horizon`, which have counts of their own.
+        repeat: Rounds of every scenario but `published` and `horizon`, which have counts of their own, and `snapshot`,
+            `hour` and `size`, which are measured once.
         drain_messages: Backlog to drain.
         drain_relays: Processes, and lanes of each, that drain it.
-        latency_rates: Transactions a second.
+        latency_rates: Transactions a second; revisions are compared at the first two.
         latency_seconds: How long each rate is measured, after `warm_up_seconds` at the same rate.
-        snapshot_messages: Backlog that is drained while a snapshot is held open.
-        published_rows: Published rows that a claim has to stay clear of, in rising order.
-        claims: Claims timed beside each number of published rows.
+        snapshot_seconds: How long a snapshot is held open.
+        published_rows: Published messages that a batch has to stay clear of, in rising order.
+        claims: Batches timed beside each number of published messages.
         layout_messages: Messages drained from each layout.
         open_transactions: Bystanders while the horizon looks for writers, in rising order.
         looks: Looks timed beside each number of bystanders.
@@ -31,12 +32,12 @@ class Plan:
     """
 
     repeat: int = 3
-    drain_messages: int = 400_000
+    drain_messages: int = 500_000
     drain_relays: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
     latency_rates: tuple[int, ...] = (500, 2_000, 5_000)
     latency_seconds: float = 20.0
     warm_up_seconds: float = 5.0
-    snapshot_messages: int = 200_000
+    snapshot_seconds: float = 600.0
     published_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     claims: int = 20
     layout_messages: int = 50_000
@@ -58,7 +59,7 @@ QUICK = Plan(
     drain_relays=((1, 1), (1, 2), (2, 2)),
     latency_seconds=5.0,
     warm_up_seconds=2.0,
-    snapshot_messages=100_000,
+    snapshot_seconds=30.0,
     published_rows=(10_000, 100_000, 1_000_000),
     open_transactions=(0, 50, 150),
     idle_seconds=5.0,

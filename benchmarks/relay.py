@@ -3,61 +3,72 @@
 from __future__ import annotations
 
 import json
-import time
+import re
+import urllib.request
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.bench import AGGREGATE_TYPE
+from benchmarks.usage import process_seconds
 from outbox_relay.sandbox.ports import ReservedPort
 from tests.fixtures.daemon import Daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from benchmarks.bench import Bench
     from benchmarks.topic import Topic
-    from outbox_relay.sandbox.kafka import Kafka
 
 
 class Relay(Daemon):
     """`outbox-relay run`, with its use of processor and memory as Linux accounts for it."""
 
-    @property
-    def port(self) -> int:
-        """Where its metrics are."""
-        return int(self._environment["OUTBOX_RELAY_METRICS_PORT"])
-
     def cpu_seconds(self) -> float:
-        """Give the processor time of all its threads so far, from its clock as clock_getcpuclockid(3) names it."""
-        return time.clock_gettime(~self.pid << 3 | 2)
+        """Return the processor time of all its threads so far."""
+        return process_seconds(self.pid)
 
     def peak_megabytes(self) -> float:
-        """Give the most memory it has held. Not wait4's figure: that one counts the parent's before the exec."""
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
+        """Return the most memory it has held. Not wait4's figure: that one counts the parent's before the exec."""
+        return self.peak_memory_bytes / 1e6
+
+    def metrics(self) -> dict[str, float]:
+        """Return the sums of its metrics over their labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics") as answer:
+            text = answer.read().decode()
+        sums: dict[str, float] = {}
+        for name, value in re.findall(r"^(\w+)(?:{.*})? (\S+)$", text, re.MULTILINE):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
+    @property
+    def _port(self) -> int:
+        return int(self._environment["OUTBOX_RELAY_METRICS_PORT"])
 
 
 @contextmanager
 def running_relays(
-    count: int = 1, *, dsn: str, kafka: Kafka, topic: Topic, settings: Mapping[str, str] | None = None
+    bench: Bench, *, dsn: str, topic: Topic, count: int = 1, settings: Mapping[str, str] | None = None
 ) -> Iterator[list[Relay]]:
     """
-    Start relays and wait until each is ready; stop them in order afterwards.
+    Start relays of the installation that is measured and wait until each is ready; stop them in order afterwards.
 
     Raises:
-        RuntimeError: One did not finish its batch in hand.
+        RuntimeError: One did not finish its stint in hand.
     """
     environment = {
         "OUTBOX_RELAY_DATABASE_URL": dsn,
-        "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+        "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": bench.kafka.bootstrap_servers,
         "OUTBOX_RELAY_TOPIC_MAP": json.dumps({AGGREGATE_TYPE: topic.name}),
         "OUTBOX_RELAY_METRICS_HOST": "127.0.0.1",
         **(settings or {}),
     }
+    command = bench.installation.command("run")
     ports = [ReservedPort() for _ in range(count)]
     with ExitStack() as running:
         relays = [
-            running.enter_context(Relay({**environment, "OUTBOX_RELAY_METRICS_PORT": str(port.number)}))
+            running.enter_context(
+                Relay({**environment, "OUTBOX_RELAY_METRICS_PORT": str(port.number)}, command=command)
+            )
             for port in ports
         ]
         for relay in relays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from outbox_relay import __version__
 from outbox_relay.sandbox.kafka import KAFKA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 SHOWN_SETTINGS = (
     "fsync",
@@ -39,25 +40,57 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """Give it as a section; text to the left in the first column, figures to the right."""
+        """Return it as a section; text to the left in the first column, figures to the right."""
         lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"## {self.title}\n\n{self.method}\n\n{table}\n"
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """
+    What is shown of samples.
+
+    Attributes:
+        head: What stands above it.
+        name: The attribute of a sample, or of an attribute of it: "use.marks".
+    """
+
+    head: str
+    name: str
+    digits: int = 0
+
+    def values(self, samples: Iterable[object]) -> list[float]:
+        """Return the figure of each sample."""
+        return [float(attrgetter(self.name)(sample)) for sample in samples]
+
+    def cell(self, samples: Iterable[object]) -> str:
+        """Return it as text, see `spread`."""
+        return spread(self.values(samples), digits=self.digits)
+
+
+def by_case(
+    title: str, method: str, *, case: str, figures: Sequence[Figure], samples: Mapping[str, Sequence[object]]
+) -> Table:
+    """Return a table with a row for each case, under the head *case*, and a column for each figure."""
+    columns = (case, *(figure.head for figure in figures))
+    rows = [(name, *(figure.cell(measured) for figure in figures)) for name, measured in samples.items()]
+    return Table(title, method, columns, rows)
+
+
 def spread(values: Sequence[float], *, digits: int = 0) -> str:
-    """Give the median, and behind it the least and the most when there is more than one value."""
+    """Return the median, and behind it the least and the most when there is more than one value."""
     middle, least, most = (f"{value:,.{digits}f}" for value in (median(values), min(values), max(values)))
     return middle if len(values) == 1 else f"{middle} ({least} - {most})"
 
 
 def share(values: Sequence[float], *, of: Sequence[float]) -> str:
-    """Give the ratio of two medians in percent."""
+    """Return the ratio of two medians in percent."""
     return f"{median(values) / median(of):.1%}"
 
 
 def document(tables: Iterable[Table], *, dsn: str, repeat: int) -> str:
-    """Give the whole report; it has no date, so that two runs can be compared line by line."""
+    """Return the whole report; it has no date, so that two runs can be compared line by line."""
     return "\n".join([_header(dsn, repeat=repeat), *(table.markdown() for table in tables)])
 
 

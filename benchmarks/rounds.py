@@ -12,7 +12,7 @@ S = TypeVar("S")
 
 
 def in_rounds(cases: Iterable[C], measure: Callable[[C], S], *, repeat: int) -> dict[C, list[S]]:
-    """Measure every case once in each of *repeat* rounds; give the samples of each case."""
+    """Measure every case once in each of *repeat* rounds; return the samples of each case."""
     samples: dict[C, list[S]] = {case: [] for case in cases}
     for _ in range(repeat):
         for case, measured in samples.items():

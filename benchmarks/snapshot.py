@@ -1,80 +1,83 @@
-"""Whether claims get dearer while another session's snapshot keeps vacuum from removing what is published."""
+"""Whether messages get dearer while another session's snapshot keeps vacuum from removing anything."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
-
-import psycopg
+from typing import TYPE_CHECKING
 
 from benchmarks.bench import Bench, say
-from benchmarks.relay import running_relays
-from benchmarks.report import Table, spread
-from benchmarks.rounds import in_rounds
-from benchmarks.topic import temporary_topic
+from benchmarks.report import Figure, Table, by_case
+from benchmarks.steady import Load, Look, watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from tests.fixtures.daemon import Event
+RATE = 2_000
+LOOKS = 10
+CASES = {"none": None, "held open": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimCost:
-    """Microseconds of claiming per message, in the first and in the last quarter of the batches."""
+class Cost:
+    """Processor time for each message in the first and in the last tenth of the time, and what there is at its end."""
 
-    first: float
-    last: float
+    relay_first: float
+    relay_last: float
+    postgres_first: float
+    postgres_last: float
+    dead_rows: float
+    outbox_megabytes: float
+    mark_megabytes: float
+
+
+FIGURES = (
+    Figure("relay us/message: first", "relay_first", digits=1),
+    Figure("last tenth", "relay_last", digits=1),
+    Figure("PostgreSQL us/message: first", "postgres_first", digits=1),
+    Figure("last tenth", "postgres_last", digits=1),
+    Figure("dead rows", "dead_rows"),
+    Figure("outbox MB", "outbox_megabytes", digits=1),
+    Figure("marks MB", "mark_megabytes", digits=2),
+)
 
 
 def measure(bench: Bench) -> list[Table]:
-    """Drain with and without an open snapshot, in turns."""
-    costs = in_rounds((False, True), lambda is_held: _drain(bench, is_held=is_held), repeat=bench.plan.repeat)
-    table = Table(
-        "Claims while a snapshot is held open",
-        f"A backlog of {bench.plan.snapshot_messages:,} messages drained in one go by one lane, which logs each batch. "
-        "The snapshot is that of a `REPEATABLE READ` transaction which stays open throughout, so that the index "
-        "entries of published messages stay too.",
-        ("snapshot", "first quarter, us/message", "last quarter, us/message", "last / first"),
-        [
-            (
-                "held open" if is_held else "none",
-                spread([cost.first for cost in samples], digits=1),
-                spread([cost.last for cost in samples], digits=1),
-                spread([cost.last / cost.first for cost in samples], digits=2),
-            )
-            for is_held, samples in costs.items()
-        ],
+    """Run the same traffic without and with an open snapshot, once each."""
+    seconds = bench.plan.snapshot_seconds
+    table = by_case(
+        "A snapshot that is held open",
+        f"Measured once: {RATE:,} one-row transactions a second for {seconds:g} s, a relay with its default settings. "
+        "The snapshot is that of a `REPEATABLE READ` transaction which stays open throughout. PostgreSQL's processor "
+        "time is that of the writers too; dead rows are those of all tables.",
+        case="snapshot",
+        figures=FIGURES,
+        samples={name: [_cost(_watch(bench, name))] for name in CASES},
     )
     return [table]
 
 
-def _drain(bench: Bench, *, is_held: bool) -> ClaimCost:
-    say(f"snapshot: {'held open' if is_held else 'none'}")
-    count = bench.plan.snapshot_messages
-    settings = {"OUTBOX_RELAY_LOG_LEVEL": "debug", "OUTBOX_RELAY_LOG_FORMAT": "json", "OUTBOX_RELAY_LANES": "1"}
-    with (
-        bench.database(backlog=count) as dsn,
-        temporary_topic(bench.kafka) as topic,
-        _snapshot(dsn, is_held=is_held),
-    ):
-        with running_relays(dsn=dsn, kafka=bench.kafka, topic=topic, settings=settings) as [relay]:
-            topic.await_messages(count)
-        batches = [event for event in relay.events if event["event"] == "batch_published"]
-    quarter = max(1, len(batches) // 4)
-    return ClaimCost(_claim_cost(batches[:quarter]), _claim_cost(batches[-quarter:]))
+def _watch(bench: Bench, name: str) -> list[Look]:
+    say(f"snapshot: {name}")
+    return watch(bench, Load(RATE, bench.plan.snapshot_seconds, LOOKS, snapshot=CASES[name]))
 
 
-@contextmanager
-def _snapshot(dsn: str, *, is_held: bool) -> Iterator[None]:
-    with psycopg.connect(dsn) as connection:
-        if is_held:
-            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            connection.execute("SELECT FROM outbox LIMIT 1")
-        yield
+def _cost(looks: Sequence[Look]) -> Cost:
+    relay_first, postgres_first = _microseconds(*looks[:2])
+    relay_last, postgres_last = _microseconds(*looks[-2:])
+    return Cost(
+        relay_first=relay_first,
+        relay_last=relay_last,
+        postgres_first=postgres_first,
+        postgres_last=postgres_last,
+        dead_rows=looks[-1].metric("dead_tuples"),
+        outbox_megabytes=looks[-1].table_megabytes + looks[-1].index_megabytes,
+        mark_megabytes=looks[-1].mark_megabytes,
+    )
 
 
-def _claim_cost(batches: Sequence[Event]) -> float:
-    seconds = sum(cast("float", batch["claim_seconds"]) for batch in batches)
-    return seconds * 1e6 / sum(cast("int", batch["messages"]) for batch in batches)
+def _microseconds(before: Look, after: Look) -> tuple[float, float]:
+    """Return the processor time of relay and PostgreSQL for each message that was published between two looks."""
+    scale = 1e6 / max(after.published - before.published, 1)
+    relay_seconds = after.relay_seconds - before.relay_seconds
+    postgres_seconds = after.postgres_seconds - before.postgres_seconds
+    return relay_seconds * scale, postgres_seconds * scale

@@ -31,7 +31,7 @@ class Topic:
         kafka.create_topic(self.name, partitions=PARTITIONS, config={"message.timestamp.type": "LogAppendTime"})
 
     def messages(self) -> int:
-        """Give the number of messages in it."""
+        """Return the number of messages in it."""
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         return sum(partition.offset for partition in self._offsets(latest))
 
@@ -49,7 +49,7 @@ class Topic:
             time.sleep(LOOK_SECONDS)
 
     def written_between(self) -> tuple[float, float]:
-        """Give the times at which the broker wrote the first and the last message, in seconds to the millisecond."""
+        """Return the times at which the broker wrote the first and the last message, in seconds to the millisecond."""
         newest = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
         firsts = self._offsets(OffsetSpec.for_timestamp(0))
         return _times(firsts)[0] / 1000, _times(self._offsets(newest))[-1] / 1000
@@ -65,7 +65,7 @@ class Topic:
 
 
 def _times(partitions: list[ListOffsetsResultInfo]) -> list[int]:
-    """Give the times in rising order; an empty partition has none."""
+    """Return the times in rising order; an empty partition has none."""
     return sorted(partition.timestamp for partition in partitions if partition.timestamp >= 0)
 
 
