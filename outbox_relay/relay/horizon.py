@@ -197,13 +197,15 @@ def check_tables(connection: Connection, *, schema: str) -> None:
 
     Raises:
         SchemaMismatch: It cannot; the message has the SQL that mends it.
+        DatabaseConflict: Somebody has locked a table, or waits to lock it.
         DatabaseUnavailable: The connection broke.
     """
-    for name in ("list_defects", "list_disagreements"):  # the second reads tables, which the first finds readable
-        with translated_errors():
+    with translated_errors(), connection.transaction():
+        connection.execute("SET LOCAL lock_timeout = '500ms'")
+        for name in ("list_defects", "list_disagreements"):  # the second reads tables, which the first finds readable
             problems = connection.execute(statement(name, schema=schema), {"schema": schema}).fetchall()
-        if problems:
-            raise SchemaMismatch("; ".join(f"{problem} -- {remedy}" for problem, remedy in problems))
+            if problems:
+                raise SchemaMismatch("; ".join(f"{problem} -- {remedy}" for problem, remedy in problems))
 
 
 def observe(connection: Connection, *, schema: str) -> Observation:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox_relay.errors import SchemaMismatch
+from outbox_relay.errors import DatabaseConflict, SchemaMismatch
 from outbox_relay.relay import horizon as stage
 from outbox_relay.relay.horizon import Epoch, Horizon
 from outbox_relay.relay.session import work_until_stopped
@@ -150,16 +150,19 @@ class HorizonWatch:
             self._stopped.wait(self._next_pause())
 
     def _check(self, connection: Connection) -> None:
-        """See every few seconds whether the tables can be trusted still."""
+        """See every few seconds whether the tables can be trusted still; a locked one is left for the next time."""
         now = time.monotonic()
         if now < self._check_at:
             return
+        self._check_at = now + _CHECK_SECONDS
         try:
             stage.check_tables(connection, schema=self._options.schema)
+        except DatabaseConflict:
+            return
         except SchemaMismatch:
             self._is_renumbered = True
+            self._check_at = 0.0
             raise
-        self._check_at = now + _CHECK_SECONDS
         if self._is_renumbered:
             self._is_renumbered = False
             self._renumbered()

@@ -252,8 +252,8 @@ def start_slowly(server: PostgresServer) -> None:
             "outbox-relay migrate apply",
         ),
         (
-            "REVOKE INSERT ON outbox_published FROM outbox_relay",
-            "GRANT INSERT ON outbox_published TO outbox_relay",
+            "REVOKE UPDATE (shard) ON outbox_shard FROM outbox_relay, outbox_pruner",
+            "GRANT UPDATE (shard) ON outbox_shard TO outbox_relay, outbox_pruner",
             "GRANT outbox_relay TO",
         ),
     ],
