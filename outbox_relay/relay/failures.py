@@ -39,7 +39,7 @@ class Scope(Enum):
     """Kafka refuses this message whatever the time; it is parked."""
 
     BATCH = "batch"
-    """The batch that the message was in was refused or withdrawn; it is sent again at once."""
+    """The batch that the message was in was refused or withdrawn; the next stint sends it again."""
 
     TOPIC = "topic"
     """Nothing goes to this topic now; its messages are held while other topics flow."""

@@ -256,11 +256,11 @@ class Lane:
                 lost, most = self._publish_waiting(connection, claim, stint, clock=clock)
             while lost is None:
                 through = reached.through
-                batch, lost, is_decided = self._publish_next(connection, claim, stint, through=through, clock=clock)
+                batch, lost = self._publish_next(connection, claim, stint, through=through, clock=clock)
                 if is_first:
                     _pass_late(claim, batch, through=through)
                     is_first = False
-                has_more = batch.may_have_more(self._limits, shards=len(claim.held)) or not is_decided
+                has_more = batch.may_have_more(self._limits, shards=len(claim.held))
                 self._limits = next_limits(self._limits, batch, most=most)
                 self._is_careful &= self._limits != self._options.limits
                 if self._is_over(stint, ends_at=ends_at):
@@ -283,17 +283,19 @@ class Lane:
         return later if later.epoch == reached.epoch and later.through > reached.through else None
 
     def _is_over(self, stint: Stint, *, ends_at: float) -> bool:
-        """Tell whether the stint has done its part; with something decided ahead of its mark it may take longer."""
-        now = time.monotonic()
-        if self._stop.is_set() or self._is_careful:
-            return True
-        if stint.has_ahead:
-            return now > ends_at + 9 * self._options.stint_seconds
+        """Tell whether the stint has done its part, or has set aside what the next one can send."""
         return (
-            now > ends_at
+            self._stop.is_set()
+            or self._is_careful
+            or self._can_send_aside(stint)
+            or time.monotonic() > ends_at
             or stint.messages >= self._options.stint_messages
             or stint.stored_bytes >= self._options.limits.stored_bytes
         )
+
+    def _can_send_aside(self, stint: Stint) -> bool:
+        held = self._holds.aggregate_types
+        return any(aside.state == "waiting" and aside.message.aggregate_type not in held for aside in stint.asides)
 
     def _publish_waiting(
         self, connection: Connection, claim: Claim, stint: Stint, *, clock: float
@@ -320,17 +322,16 @@ class Lane:
 
     def _publish_next(
         self, connection: Connection, claim: Claim, stint: Stint, *, through: int, clock: float
-    ) -> tuple[Batch, Failure | None, bool]:
-        """Send the next batch above the marks; return it, the failure that loses Kafka, and whether all is decided."""
+    ) -> tuple[Batch, Failure | None]:
+        """Send the next batch above the marks; return it, and the failure that loses Kafka."""
         started = time.monotonic()
         batch = read_messages(
             connection, claim, schema=self._options.claim.schema, through=through, limits=self._limits
         )
         self._reach("after_read")
-        messages = stint.undecided(batch.messages)
-        settlement, outcomes = self._publish(messages, stint, started=started, clock=clock)
+        settlement, outcomes = self._publish(batch.messages, stint, started=started, clock=clock)
         stint.take_in(batch.messages, settlement)
-        return batch, self._react(messages, outcomes), not settlement.unsettled
+        return batch, self._react(batch.messages, outcomes)
 
     def _publish(
         self, messages: Sequence[Message], stint: Stint, *, started: float, clock: float
@@ -370,16 +371,13 @@ class Lane:
         schema = self._options.claim.schema
         self._reach("before_record")
         started = time.monotonic()
-        stint.pass_the_rest()
         set_aside(connection, stint.asides, schema=schema)
         marks = record_marks(connection, stint.marks, schema=schema)
         self._reach("after_commit")
         self._conflict_backoff.reset()
-        self._telemetry.messages_republished(stint.acknowledged_ahead, cause="order")
         self._telemetry.marks_recorded(marks, messages=stint.messages, seconds=time.monotonic() - started)
         self._telemetry.messages_parked(self.name, [aside for aside in stint.asides if aside.state == "parked"])
-        held = self._holds.aggregate_types
-        if any(aside.state == "waiting" and aside.message.aggregate_type not in held for aside in stint.asides):
+        if self._can_send_aside(stint):
             self._look_at = 0.0
 
     def _be_careful(self, *, is_too_large: bool) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from outbox_relay.relay.claim import Claim
 
 _SHRINKING = 16
-_MOST_WAITING = 2000  # of one batch, so that what waits does not hold up what is new
 _SEQUENCE_NO = attrgetter("sequence_no")
 _STORED_BYTES = attrgetter("stored_bytes")
 _HEADERS = attrgetter("headers")
@@ -138,7 +137,7 @@ def read_waiting(
     parameters = {
         "shards": numbers(work.shard for work in claim.held if work.has_waiting),
         "held_types": list(held_types),
-        "batch_size": min(limits.messages, _MOST_WAITING),
+        "batch_size": limits.messages,
         "batch_bytes": limits.stored_bytes,
         "readable_bytes": limits.readable_bytes,
     }

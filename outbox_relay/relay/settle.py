@@ -39,14 +39,12 @@ class Settlement:
     Attributes:
         published: Acknowledged messages, of each key the ones before its first failure.
         parked: Messages that Kafka will never accept, and under "park" the later ones of their keys.
-        waiting: Messages whose topic, or Kafka, is away, and the later ones of their keys.
-        unsettled: The others. They are sent again before any mark passes them.
+        waiting: The other messages that Kafka has not acknowledged, and the later ones of their keys.
     """
 
     published: list[Message] = field(default_factory=list)
     parked: list[Aside] = field(default_factory=list)
     waiting: list[Aside] = field(default_factory=list)
-    unsettled: list[Message] = field(default_factory=list)
 
 
 def decide(messages: Sequence[Message], outcomes: Sequence[Outcome], *, on_poison: OnPoison) -> Settlement:
@@ -68,15 +66,12 @@ def decide(messages: Sequence[Message], outcomes: Sequence[Outcome], *, on_poiso
         if failure is None:
             settlement.published.append(message)
             continue
-        follower: Failure | None = failure
         if failure.scope is Scope.MESSAGE:
             settlement.parked.append(Aside(message, "parked", failure))
             follower = BEHIND_PARKED if on_poison == "park" else None
-        elif failure.scope in (Scope.TOPIC, Scope.CONNECTION):
+        else:
             settlement.waiting.append(Aside(message, "waiting", failure))
             follower = BEHIND_WAITING
-        else:
-            settlement.unsettled.append(message)
         if follower is not None and not message.is_unordered:
             stopped.setdefault(message.key, follower)
     return settlement

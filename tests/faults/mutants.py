@@ -21,8 +21,7 @@ from outbox_relay.relay.message import Addressing, prepare
 from outbox_relay.relay.publish import Publisher
 from outbox_relay.relay.read import read_messages
 from outbox_relay.relay.reconcile import Reconciler
-from outbox_relay.relay.settle import Settlement, record_marks
-from outbox_relay.relay.stint import Stint
+from outbox_relay.relay.settle import Settlement, record_marks, set_aside
 from outbox_relay.relay.watch import HorizonWatch
 from outbox_relay.sql import statement
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from outbox_relay.relay.horizon import Observation
     from outbox_relay.relay.message import Message, Prepared, Record
     from outbox_relay.relay.read import Batch
+    from outbox_relay.relay.settle import Aside, PendingState
 
 DROPPED_HEADER = "event_type"
 
@@ -86,19 +86,21 @@ def marks_the_whole_batch() -> None:
     patch("outbox_relay.relay.loop.decide", decide).start()
 
 
-def moves_its_marks_past_what_is_unsettled() -> None:
-    """Goes on behind the messages of a batch that was refused as a whole."""
-
-    def take_in(self: Stint, messages: Sequence[Message], settlement: Settlement) -> None:
-        really_take_in(self, messages, replace(settlement, unsettled=[]))
-
-    really_take_in = Stint.take_in
-    patch.object(Stint, "take_in", take_in).start()
+def forgets_what_is_parked() -> None:
+    """Lets its marks pass what Kafka refuses for good, and writes it down nowhere."""
+    _forgets("parked")
 
 
-def forgets_what_is_pending() -> None:
-    """Lets its marks pass what Kafka does not have, and writes it down nowhere."""
-    patch("outbox_relay.relay.loop.set_aside", lambda _connection, _asides, *, schema: None).start()  # noqa: ARG005 -- likewise
+def forgets_what_waits() -> None:
+    """Lets its marks pass what Kafka does not take now, and writes it down nowhere."""
+    _forgets("waiting")
+
+
+def _forgets(state: PendingState) -> None:
+    def write(connection: Connection, asides: Sequence[Aside], *, schema: str) -> None:
+        set_aside(connection, [aside for aside in asides if aside.state != state], schema=schema)
+
+    patch("outbox_relay.relay.loop.set_aside", write).start()
 
 
 def leaves_a_hole_in_what_it_reads() -> None:
@@ -215,8 +217,8 @@ MUTANTS: dict[str, Callable[[], None]] = {
         skips_locked_rows,
         marks_before_the_acknowledgement,
         marks_the_whole_batch,
-        moves_its_marks_past_what_is_unsettled,
-        forgets_what_is_pending,
+        forgets_what_is_parked,
+        forgets_what_waits,
         leaves_a_hole_in_what_it_reads,
         keeps_its_marks_from_one_stint_to_the_next,
         has_no_horizon,

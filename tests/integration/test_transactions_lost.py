@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
+from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from psycopg_pool import ConnectionPool
 from outbox_relay.errors import CommitOutcomeUnknown
 from outbox_relay.transactions import Retry, transact, transact_async
 from tests.fixtures.proxy import TcpProxy
+from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -187,19 +190,29 @@ def test_xid_that_a_crashed_server_gave_away_again_is_not_taken_for_ours(own_dat
     """Without a look at the crash, the server would say of our lost transaction that it is committed."""
     with own_database.connect(autocommit=True) as connection:
         connection.execute("CREATE TABLE note (text text)")
-        connection.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")  # nothing of ours reaches the disk by chance
-    own_database.server.restart()
+        wal_writer = wal_writer_of(connection)
+    assert wal_writer
+    os.kill(wal_writer, signal.SIGSTOP)  # nothing of ours reaches the disk by chance
     with TcpProxy("127.0.0.1", own_database.server.port) as proxy:
         first = psycopg.connect(make_conninfo(own_database.dsn, port=proxy.port))
         proxy.cut_before(b"COMMIT")
         xids: list[int] = []
 
         def crash_and_reuse_the_xid() -> Connection[TupleRow]:
-            own_database.server.restart("immediate")
-            with own_database.connect(autocommit=True) as other:
+            os.kill(wal_writer, signal.SIGKILL)  # the server ends all its processes, and recovers
+            recovered = eventually(connect_once_recovered)
+            assert recovered
+            with recovered as other:
                 while xids[-1] < xids[0] or len(xids) == 1:
                     xids.append(current_xid(other))
             return own_database.connect()
+
+        def connect_once_recovered() -> Connection[TupleRow] | None:
+            with suppress(psycopg.OperationalError):
+                connection = own_database.connect(autocommit=True)
+                if wal_writer_of(connection) != wal_writer:
+                    return connection
+            return None
 
         def work(connection: Connection[TupleRow]) -> None:
             connection.execute("INSERT INTO note VALUES ('ours')")
@@ -210,6 +223,11 @@ def test_xid_that_a_crashed_server_gave_away_again_is_not_taken_for_ours(own_dat
     with own_database.connect() as connection:
         status = connection.execute("SELECT pg_xact_status(%s::text::xid8)", [xids[0]]).fetchone()
     assert (status, xids[-1], texts(own_database)) == (("committed",), xids[0], [])
+
+
+def wal_writer_of(connection: Connection[TupleRow]) -> int | None:
+    found = connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").fetchone()
+    return found[0] if found else None
 
 
 def current_xid(connection: Connection[TupleRow]) -> int:

@@ -44,19 +44,13 @@ def test_everything_acknowledged_is_published() -> None:
     assert decide(messages, [None, None], on_poison="park") == Settlement(published=messages)
 
 
-@pytest.mark.parametrize("failure", [NO_REPORT, MISSING_TOPIC, TOPIC_HELD, BEHIND_WAITING])
+@pytest.mark.parametrize("failure", [NO_REPORT, MISSING_TOPIC, TOPIC_HELD, BEHIND_WAITING, WITHDRAWN])
 def test_what_kafka_does_not_take_now_waits_with_the_later_messages_of_its_key(failure: Failure) -> None:
     first, failed, other, later = message(1), message(2), message(3, "other"), message(4)
     decided = decide([first, failed, other, later], [None, failure, None, None], on_poison="park")
     assert decided == Settlement(
         published=[first, other], waiting=[waiting(failed, failure), waiting(later, BEHIND_WAITING)]
     )
-
-
-def test_what_was_withdrawn_stays_unsettled_with_the_later_messages_of_its_key() -> None:
-    first, failed, other, later = message(1), message(2), message(3, "other"), message(4)
-    decided = decide([first, failed, other, later], [None, WITHDRAWN, None, None], on_poison="park")
-    assert decided == Settlement(published=[first, other], unsettled=[failed, later])
 
 
 def test_the_same_id_of_another_type_is_another_key() -> None:
@@ -85,20 +79,11 @@ def test_under_skip_only_the_refused_message_is_parked() -> None:
 
 
 @pytest.mark.parametrize("on_poison", ON_POISON)
-def test_a_refused_message_behind_one_that_waits_waits_for_it(on_poison: OnPoison) -> None:
-    away, refused = message(1), message(2)
-    decided = decide([away, refused], [NO_REPORT, REFUSED], on_poison=on_poison)
-    assert decided == Settlement(waiting=[waiting(away, NO_REPORT), waiting(refused, BEHIND_WAITING)])
-
-
-@pytest.mark.parametrize("on_poison", ON_POISON)
-@pytest.mark.parametrize("failure", [REFUSED, NO_REPORT])
-def test_a_message_that_failed_behind_a_withdrawn_one_is_sent_again_with_it(
-    failure: Failure, on_poison: OnPoison
-) -> None:
-    withdrawn, failed = message(1), message(2)
-    decided = decide([withdrawn, failed], [WITHDRAWN, failure], on_poison=on_poison)
-    assert decided == Settlement(unsettled=[withdrawn, failed])
+@pytest.mark.parametrize("failure", [NO_REPORT, WITHDRAWN])
+def test_a_refused_message_behind_one_that_waits_waits_for_it(failure: Failure, on_poison: OnPoison) -> None:
+    first, refused = message(1), message(2)
+    decided = decide([first, refused], [failure, REFUSED], on_poison=on_poison)
+    assert decided == Settlement(waiting=[waiting(first, failure), waiting(refused, BEHIND_WAITING)])
 
 
 @pytest.mark.parametrize("failure", [REFUSED, NO_REPORT, WITHDRAWN])
@@ -132,11 +117,10 @@ def decided(batch: Batch, *, on_poison: OnPoison) -> Settlement:
 
 
 def fates(settlement: Settlement) -> dict[Message, str]:
-    """What became of each message, a letter each: published, parked, waiting or unsettled (p, x, w, u)."""
+    """What became of each message, a letter each: published, parked or waiting (p, x, w)."""
     letters = dict.fromkeys(settlement.published, "p")
     letters |= {aside.message: "x" for aside in settlement.parked}
-    letters |= {aside.message: "w" for aside in settlement.waiting}
-    return letters | dict.fromkeys(settlement.unsettled, "u")
+    return letters | {aside.message: "w" for aside in settlement.waiting}
 
 
 def fates_by_key(batch: Batch, *, on_poison: OnPoison) -> list[str]:
@@ -153,7 +137,7 @@ def fates_by_key(batch: Batch, *, on_poison: OnPoison) -> list[str]:
 def test_every_message_is_in_exactly_one_list_in_sequence_order(batch: Batch, on_poison: OnPoison) -> None:
     settlement = decided(batch, on_poison=on_poison)
     asides = [[aside.message for aside in part] for part in (settlement.parked, settlement.waiting)]
-    parts = [settlement.published, *asides, settlement.unsettled]
+    parts = [settlement.published, *asides]
     assert sorted(chain.from_iterable(parts)) == messages_of(batch)
     assert all(part == sorted(part) for part in parts)
 
@@ -171,18 +155,17 @@ def test_under_park_nothing_of_a_key_is_published_behind_what_is_not(batch: Batc
 
 
 @given(batches)
-def test_under_skip_nothing_of_a_key_is_published_behind_what_waits_or_is_unsettled(batch: Batch) -> None:
+def test_under_skip_nothing_of_a_key_is_published_behind_what_waits(batch: Batch) -> None:
     for word in fates_by_key(batch, on_poison="skip"):
         assert len(set(word.lstrip("px"))) <= 1
 
 
 @given(batches, st.sampled_from(ON_POISON))
 def test_the_first_failure_that_holds_up_a_key_decides_the_fate_of_the_rest(batch: Batch, on_poison: OnPoison) -> None:
-    fate_of_scope = {Scope.MESSAGE: "x", Scope.TOPIC: "w", Scope.CONNECTION: "w", Scope.BATCH: "u"}
     stopped: dict[str, str] = {}
     expected = []
     for key, outcome, is_unordered in batch:
-        fate = "p" if outcome is None else fate_of_scope[outcome.scope]
+        fate = "p" if outcome is None else "x" if outcome.scope is Scope.MESSAGE else "w"
         fate = fate if is_unordered else stopped.get(key, fate)
         expected.append(fate)
         if not is_unordered and fate != "p" and (fate != "x" or on_poison == "park"):
@@ -197,4 +180,4 @@ def test_what_is_set_aside_says_why_in_a_way_that_fits_its_state(batch: Batch, o
     assert {aside.state for aside in settlement.parked} <= {"parked"}
     assert {aside.failure.scope for aside in settlement.parked} <= {Scope.MESSAGE}
     assert {aside.state for aside in settlement.waiting} <= {"waiting"}
-    assert {aside.failure.scope for aside in settlement.waiting} <= {Scope.TOPIC, Scope.CONNECTION}
+    assert {aside.failure.scope for aside in settlement.waiting} <= set(Scope) - {Scope.MESSAGE}

@@ -43,76 +43,33 @@ def new_stint(*, on_poison: OnPoison = "park", has_pending: bool = False) -> Sti
 def take_in(
     stint: Stint, messages: Sequence[Message], outcomes: Sequence[Outcome], *, on_poison: OnPoison = "park"
 ) -> None:
-    """Let *stint* take in a batch; of those that it has decided before, no outcome is asked for."""
-    stint.take_in(messages, decide(stint.undecided(messages), outcomes, on_poison=on_poison))
+    """Let *stint* take in a batch with these outcomes."""
+    stint.take_in(messages, decide(messages, outcomes, on_poison=on_poison))
 
 
 def numbers(messages: Iterable[Message]) -> list[int]:
     return [each.sequence_no for each in messages]
 
 
-def test_marks_pass_a_batch_that_is_decided_as_a_whole() -> None:
+def test_marks_pass_what_is_published() -> None:
     stint = new_stint()
     take_in(stint, [of(1), of(2, "c"), of(3)], [None, None, None])
-    assert (stint.marks.moved(), stint.asides, stint.has_ahead) == ([(0, 3, 2, 1 ^ 3), (1, 2, 1, 2)], [], False)
+    assert (stint.marks.moved(), stint.asides) == ([(0, 3, 2, 1 ^ 3), (1, 2, 1, 2)], [])
 
 
-@pytest.mark.parametrize(("failure", "state"), [(REFUSED, "parked"), (AWAY, "waiting"), (NO_REPORT, "waiting")])
+@pytest.mark.parametrize(
+    ("failure", "state"), [(REFUSED, "parked"), (AWAY, "waiting"), (NO_REPORT, "waiting"), (WITHDRAWN, "waiting")]
+)
 def test_marks_pass_a_message_that_is_set_aside(failure: Failure, state: PendingState) -> None:
     stint = new_stint()
     take_in(stint, [of(1), of(2, "b")], [failure, None])
     assert (stint.marks.through[0], stint.asides) == (2, [Aside(of(1), state, failure)])
 
 
-def test_a_mark_stays_before_the_first_undecided_message_of_its_shard() -> None:
+def test_messages_count_and_the_bytes_of_those_that_kafka_has() -> None:
     stint = new_stint()
-    take_in(stint, [of(1, "b"), of(2), of(3, "b"), of(4, "c")], [None, WITHDRAWN, None, None])
-    assert (stint.marks.through, stint.has_ahead) == ({0: 1, 1: 4}, True)
-
-
-def test_what_is_decided_ahead_of_its_mark_is_not_sent_twice() -> None:
-    stint = new_stint()
-    take_in(stint, [of(1), of(2, "b"), of(3)], [WITHDRAWN, None, None])
-    again = [of(1), of(2, "b"), of(3), of(4)]
-    assert numbers(stint.undecided(again)) == [1, 3, 4]
-    take_in(stint, again, [None, None, None])
-    assert (stint.marks.moved(), stint.has_ahead) == ([(0, 4, 4, 1 ^ 2 ^ 3 ^ 4)], False)
-
-
-def test_what_was_set_aside_ahead_of_its_mark_is_an_aside_once_the_mark_passes_it() -> None:
-    stint = new_stint()
-    take_in(stint, [of(1), of(2, "b")], [WITHDRAWN, REFUSED])
-    assert stint.asides == []
-    take_in(stint, [of(1), of(2, "b")], [None])
-    assert stint.asides == [Aside(of(2, "b"), "parked", REFUSED)]
-
-
-def test_only_what_kafka_has_ahead_of_a_mark_counts_as_sent_again() -> None:
-    stint = new_stint()
-    take_in(stint, [of(1), of(2, "b"), of(3, "b"), of(4, "c")], [WITHDRAWN, None, REFUSED, None])
-    assert (stint.acknowledged, stint.acknowledged_ahead) == (2, 1)
-
-
-def test_at_the_end_what_would_be_sent_again_waits_and_the_marks_pass_all_that_was_read() -> None:
-    stint = new_stint()
-    take_in(stint, [of(1), of(2, "b"), of(3, "c"), of(4, "b")], [WITHDRAWN, None, REFUSED, None])
-    take_in(stint, [of(1)], [WITHDRAWN])  # a shorter read
-    stint.pass_the_rest()
-    assert stint.asides == [Aside(of(3, "c"), "parked", REFUSED), Aside(of(1), "waiting", WITHDRAWN)]
-    assert (stint.marks.through, stint.acknowledged_ahead, stint.has_ahead) == ({0: 4, 1: 3}, 0, False)
-
-
-def test_a_row_that_somebody_deletes_before_its_mark_passes_it_keeps_no_other_back() -> None:
-    stint = new_stint()
-    take_in(stint, [of(1), of(2, "b")], [WITHDRAWN, None])
-    take_in(stint, [of(2, "b"), of(3)], [None])
-    assert stint.marks.moved() == [(0, 3, 2, 2 ^ 3)]
-
-
-def test_messages_and_their_bytes_count_once_they_are_decided() -> None:
-    stint = new_stint()
-    take_in(stint, [of(1), of(2, "b"), of(3, "c")], [None, WITHDRAWN, AWAY])
-    assert (stint.messages, stint.stored_bytes) == (2, of(1).stored_bytes)
+    take_in(stint, [of(1), of(2, "b"), of(3, "c")], [None, WITHDRAWN, REFUSED])
+    assert (stint.messages, stint.acknowledged, stint.stored_bytes) == (3, 1, of(1).stored_bytes)
 
 
 @pytest.mark.parametrize(("failure", "expected"), [(REFUSED, BEHIND_PARKED), (AWAY, BEHIND_WAITING)])
@@ -132,13 +89,6 @@ def test_under_skip_later_messages_pass_one_that_is_parked() -> None:
     stint = new_stint(on_poison="skip", has_pending=True)
     take_in(stint, [of(1)], [REFUSED], on_poison="skip")
     assert [stint.why_held_back(each) for each in (of(2), of(3)._replace(is_behind_parked=True))] == [None, None]
-
-
-@pytest.mark.parametrize("on_poison", ON_POISON)
-def test_a_message_that_was_set_aside_ahead_of_its_mark_stops_its_key_at_once(on_poison: OnPoison) -> None:
-    stint = new_stint(on_poison=on_poison)
-    take_in(stint, [of(1), of(2, "b")], [WITHDRAWN, AWAY], on_poison=on_poison)
-    assert stint.why_held_back(of(3, "b")) is BEHIND_WAITING
 
 
 def test_a_message_is_held_back_by_what_the_database_says_of_its_key() -> None:
@@ -173,7 +123,7 @@ def test_an_unordered_message_is_not_held_back_and_holds_back_none() -> None:
 def test_waiting_messages_count_and_move_no_mark() -> None:
     stint = new_stint(has_pending=True)
     stint.take_in_waiting(decide([of(1), of(2, "b"), of(3, "c")], [None, AWAY, WITHDRAWN], on_poison="park"))
-    assert (stint.messages, stint.acknowledged, stint.marks.moved(), stint.asides) == (2, 1, [], [])
+    assert (stint.messages, stint.acknowledged, stint.marks.moved(), stint.asides) == (3, 1, [], [])
 
 
 @dataclass
@@ -249,14 +199,13 @@ class Lane:
 
     def send_next(self, *, most: int) -> None:
         messages = self._outbox.read(self.stint.marks, most=most)
-        settlement = self._send(self.stint.undecided(messages))
+        settlement = self._send(messages)
         self._aside |= {each.message.sequence_no: each.state for each in (*settlement.parked, *settlement.waiting)}
         self.stint.take_in(messages, settlement)
         assert {each.sequence_no for each in self._passed()} <= self._acknowledged | self._aside.keys()
 
     def record(self) -> Outbox:
         """The outbox after the stint."""
-        self.stint.pass_the_rest()
         passed = numbers(self._passed())
         assert sorted(aside.message.sequence_no for aside in self.stint.asides) == [
             number for number in passed if number not in self._acknowledged
