@@ -1,5 +1,5 @@
--- The outbox as a log. Applications insert messages in their own transactions and nobody changes them afterwards: what is
--- published is said by marks, in a table of their own.
+-- The outbox as a log. Applications insert messages in their own transactions and nobody changes them afterwards: what
+-- is published is said by marks, in a table of their own.
 
 CREATE TABLE outbox (
     message_id     uuid NOT NULL DEFAULT gen_random_uuid(),
@@ -46,8 +46,8 @@ CREATE TABLE outbox_shard (
 INSERT INTO outbox_shard (shard)
 SELECT generate_series(0, 15);
 
--- The marks, newest first in the index: every message of the shard up to the highest `through` is settled, but for those
--- in outbox_pending and those of writers in outbox_unordered that are not collected.
+-- The marks, newest first in the index: every message of the shard up to the highest `through` is settled, but for
+-- those in outbox_pending and those of writers in outbox_unordered that are not collected.
 CREATE TABLE outbox_published (
     shard        smallint NOT NULL,
     through      bigint NOT NULL,
@@ -103,8 +103,8 @@ ALTER TABLE outbox_pending SET (
     autovacuum_vacuum_cost_delay = 1
 );
 
--- Writers that stayed open longer than the ordering timeout and were given up on: newer messages have overtaken theirs. No
--- mark counts their messages. Once such a writer has ended, they are collected into outbox_pending.
+-- Writers that stayed open longer than the ordering timeout and were given up on: newer messages have overtaken theirs.
+-- No mark counts their messages. Once such a writer has ended, they are collected into outbox_pending.
 CREATE TABLE outbox_unordered (
     transaction_id    xid8 NOT NULL,
     from_no           bigint NOT NULL,
@@ -154,7 +154,7 @@ REVOKE EXECUTE ON FUNCTION outbox_forget FROM PUBLIC;
 CREATE TRIGGER outbox_forget_trigger AFTER TRUNCATE ON outbox
     FOR EACH STATEMENT EXECUTE FUNCTION outbox_forget();
 
--- The messages as people ask for them, one row each, with what the marks say of them. The relay does not read it. The
+-- The messages as people ask for them, one row each, with what the marks say of them. Lanes do not read it. The
 -- hash of the key keeps plans that were made while outbox_pending was empty from searching all of its other index.
 CREATE VIEW outbox_message AS
 SELECT

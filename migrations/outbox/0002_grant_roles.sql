@@ -33,8 +33,8 @@ $$;
 GRANT INSERT (message_id, aggregate_type, aggregate_id, event_type, payload, payload_bytes, headers, created_at)
     ON outbox TO outbox_writer;
 
--- The relay reads messages and never changes them. It locks shards, for which PostgreSQL asks for UPDATE on a column, writes
--- marks and pending messages, and keeps the marks few: two neighbours become one.
+-- The relay reads messages and never changes them. It locks shards, for which PostgreSQL asks for UPDATE on a column,
+-- writes marks and pending messages, and keeps the marks few: two neighbours become one.
 GRANT SELECT ON outbox, outbox_message TO outbox_relay;
 GRANT SELECT ON SEQUENCE outbox_sequence_no_seq TO outbox_relay;
 GRANT SELECT, UPDATE (shard) ON outbox_shard TO outbox_relay;
@@ -52,8 +52,8 @@ BEGIN
 END
 $$;
 
--- The pruner removes messages that were published long ago. Before that it compares them with their marks, and what no mark
--- has counted goes to outbox_pending instead.
+-- The pruner removes messages that were published long ago. Before that it compares them with their marks, and what no
+-- mark has counted goes to outbox_pending instead.
 GRANT SELECT, DELETE ON outbox TO outbox_pruner;
 GRANT SELECT ON outbox_message TO outbox_pruner;
 GRANT SELECT ON SEQUENCE outbox_sequence_no_seq TO outbox_pruner;
@@ -63,7 +63,8 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_pending TO outbox_pruner;
 GRANT SELECT, DELETE ON outbox_unordered TO outbox_pruner;
 GRANT SELECT, INSERT, UPDATE ON outbox_reconciled TO outbox_pruner;
 
--- Operators look at everything, mend, release and skip parked messages. They may neither insert a message nor write a mark.
+-- Operators look at everything, mend, release and skip parked messages. They may neither insert a message nor write a
+-- mark.
 GRANT SELECT, UPDATE (payload, payload_bytes, headers), DELETE ON outbox TO outbox_operator;
 GRANT SELECT ON outbox_message, outbox_published, outbox_unordered, outbox_reconciled TO outbox_operator;
 GRANT SELECT ON SEQUENCE outbox_sequence_no_seq TO outbox_operator;

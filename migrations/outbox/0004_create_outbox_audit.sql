@@ -1,4 +1,5 @@
--- What operators did to parked messages: who, when, why, and what the message was before. A skipped message is here only.
+-- What operators did to parked messages: who, when, why, and what the message was before. A skipped message is here
+-- only.
 
 CREATE TABLE outbox_audit (
     id             bigint GENERATED ALWAYS AS IDENTITY,

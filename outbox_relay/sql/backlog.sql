@@ -1,11 +1,11 @@
--- How many messages are not in Kafka yet, how many of these the marks have passed (waiting), how many are parked, and of how
--- many keys. Each count stops at :most, so that the cost does not grow with the backlog; it does not grow with what is
--- published either, for each shard is read from its newest mark on. Messages of writers that were given up on are no
--- affair of the marks: they are counted once they have been collected.
+-- How many messages are not in Kafka yet, how many of these the marks have passed (waiting), how many are parked, and
+-- of how many keys. Each count stops at :most, so that the cost does not grow with the backlog; it does not grow with
+-- what is published either, for each shard is read from its newest mark on. Messages of writers that were given up on
+-- are no affair of the marks: they are counted once they have been collected.
 --
--- And what the relays still have to do: given-up writers that have ended and whose messages nobody has collected, and for
--- how long the oldest mark has not been compared with the rows. The newest mark of a shard is left for later by whoever
--- compares them. A transaction that began after the last one that ended is taken for open.
+-- And what the relays still have to do: given-up writers that have ended and whose messages nobody has collected, and
+-- for how long the oldest mark has not been compared with the rows. The newest mark of a shard is left for later by
+-- whoever compares them. A transaction that began after the last one that ended is taken for open.
 WITH newest AS MATERIALIZED (
     SELECT
         each.shard,

@@ -1,7 +1,7 @@
--- The next message of each shard, and of each aggregate type the first one that waits there although its mark has passed it:
--- if one of them is away, the others do not stand behind it. Of each comes how old it is, and for how long it has been
--- waiting. Of the types at most 1,000 are looked up, by going from one to the next in the index. A message that waits and
--- was deleted is as old as its entry.
+-- The next message of each shard, and of each aggregate type the first one that waits there although its mark has
+-- passed it: if one of them is away, the others do not stand behind it. Of each comes how old it is, and for how long
+-- it has been waiting. Of the types at most 1,000 are looked up, by going from one to the next in the index. A message
+-- that waits and was deleted is as old as its entry.
 WITH RECURSIVE newest AS MATERIALIZED (
     SELECT
         each.shard,

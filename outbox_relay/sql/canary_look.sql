@@ -1,5 +1,5 @@
--- Tells whether a canary is on its way already, or parked. Above the mark of its shard it is looked for among the newest :most
--- messages: with a backlog behind it that is larger, a second relay adds one of its own.
+-- Tells whether a canary is on its way already, or parked. Above the mark of its shard it is looked for among the
+-- newest :most messages: with a backlog behind it that is larger, a second relay adds one of its own.
 SELECT
     EXISTS (
         SELECT

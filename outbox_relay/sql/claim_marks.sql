@@ -1,6 +1,6 @@
--- The newest mark of each held shard, and whether anything of it is pending; a statement of its own, so that the snapshot
--- shows all that the previous holder of the shard has committed. It is read from the high end of the index, whatever
--- is dead or old below.
+-- The newest mark of each held shard, and whether anything of it is pending; a statement of its own, so that the
+-- snapshot shows all that the previous holder of the shard has committed. It is read from the high end of the index,
+-- whatever is dead or old below.
 --
 -- Each row also says which numbers these are, see last_number.sql, for the horizon was found on another connection.
 SELECT

@@ -1,11 +1,11 @@
--- Locks at most :most of the :candidates, shards that have messages to publish and that nobody else holds, those with the
--- oldest messages first. With :takes_all the others come too, if any has work: what arrives in them can be published by the
--- same transaction. One row for each shard that is held now or has work.
+-- Locks at most :most of the :candidates, shards that have messages to publish and that nobody else holds, those with
+-- the oldest messages first. With :takes_all the others come too, if any has work: what arrives in them can be
+-- published by the same transaction. One row for each shard that is held now or has work.
 --
--- Only the holder of a shard reads by its mark and moves it: with SKIP LOCKED on the messages themselves two relays would
--- send later messages of a key first. This snapshot may be older than the lock, so that marks are read by a later
--- statement; what is found here only says where to look. The probes are scalar subqueries, because EXISTS becomes a join
--- over the whole backlog.
+-- Only the holder of a shard reads by its mark and moves it: with SKIP LOCKED on the messages themselves two relays
+-- would send later messages of a key first. This snapshot may be older than the lock, so that marks are read by a later
+-- statement; what is found here only says where to look. The probes are scalar subqueries, because EXISTS becomes a
+-- join over the whole backlog.
 --
 -- Whether anything waits is found by going from one aggregate type to the next in the index, so that messages of topics
 -- that are away cost nothing, however many there are.

@@ -1,10 +1,10 @@
--- Takes messages of one writer that was given up on and has ended into outbox_pending, those of the next :numbers numbers, and
--- remembers how far it came; no row comes back when there is no such writer. The range is read by its numbers, for no index
--- has transaction ids; it begins at the next message, for numbers leap where a partition was opened. It ends at the last number
--- drawn: the writer draws no more.
+-- Takes messages of one writer that was given up on and has ended into outbox_pending, those of the next :numbers
+-- numbers, and remembers how far it came; no row comes back when there is no such writer. The range is read by its
+-- numbers, for no index has transaction ids; it begins at the next message, for numbers leap where a partition was
+-- opened. It ends at the last number drawn: the writer draws no more.
 --
--- No shard is locked: no mark counts these messages, so whoever holds the shard leaves them alone. A transaction id that
--- this cluster has not given away yet is from another cluster, whose dump was restored here; its writer has ended.
+-- No shard is locked: no mark counts these messages, so whoever holds the shard leaves them alone. A transaction id
+-- that this cluster has not given away yet is from another cluster, whose dump was restored here; its writer has ended.
 WITH writer AS MATERIALIZED (
     SELECT
         chosen.transaction_id,

@@ -1,5 +1,5 @@
--- The aggregate types among about :most newest messages and as many of the oldest that are not published: a bounded look,
--- since there is no index to find all of them by.
+-- The aggregate types among about :most newest messages and as many of the oldest that are not published: a bounded
+-- look, since there is no index to find all of them by.
 SELECT DISTINCT seen.aggregate_type
 FROM {schema}.outbox_shard
 CROSS JOIN LATERAL (

@@ -1,5 +1,5 @@
--- Who commits without waiting for the disk, and what mends it: the server, all roles or one, in this database or all. Of the
--- roles those count that may write messages. What is set for this session's role hides what the server sets.
+-- Who commits without waiting for the disk, and what mends it: the server, all roles or one, in this database or all.
+-- Of the roles those count that may write messages. What is set for this session's role hides what the server sets.
 SELECT
     format('%s = off on the whole server', name) AS finding,
     format(E'ALTER SYSTEM SET %s = on;\nSELECT pg_reload_conf();', name) AS remedy

@@ -1,5 +1,5 @@
--- Each table of the outbox, or each of its partitions, with what vacuum has to do with it. A size counts indexes and long
--- values too.
+-- Each table of the outbox, or each of its partitions, with what vacuum has to do with it. A size counts indexes and
+-- long values too.
 SELECT
     format('%I.%I', namespace.nspname, relation.relname) AS name,
     wanted.name AS table_name,

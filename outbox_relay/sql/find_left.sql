@@ -1,5 +1,5 @@
--- Whether anything up to a number is still to be published: above the marks, waiting, or of a writer that was given up on and
--- has ended since, whose messages nobody has collected yet.
+-- Whether anything up to a number is still to be published: above the marks, waiting, or of a writer that was given up
+-- on and has ended since, whose messages nobody has collected yet.
 SELECT
     (
         SELECT true

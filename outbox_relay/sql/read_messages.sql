@@ -1,14 +1,15 @@
 -- The next messages above the marks of shards that this transaction holds: at most :batch_size, of together about
--- :batch_bytes. Nothing is locked, for only the holder of a shard moves its mark. What is left out because of a limit is the
--- tail of its shard, never a hole.
+-- :batch_bytes. Nothing is locked, for only the holder of a shard moves its mark. What is left out because of a limit
+-- is the tail of its shard, never a hole.
 --
--- Messages of writers that were given up on are left out: no mark counts them, and they come through outbox_pending. The
--- range of their numbers counts too, for a restored database may give the same transaction id away again.
+-- Messages of writers that were given up on are left out: no mark counts them, and they come through outbox_pending.
+-- The range of their numbers counts too, for a restored database may give the same transaction id away again.
 --
--- A message far beyond what Kafka takes comes without its contents: stored_bytes tells, and the caller parks it. The text of
--- a small jsonb may be that large, for it has the number 1e131071 in 12 bytes. Its size is known only once it is made.
--- So a shard returns at most one message that grows to over 16 kB and eight times its stored size, and only as its first.
--- Later ones come without contents and wait for the next read. OFFSET 0 keeps the text from being made twice.
+-- A message far beyond what Kafka takes comes without its contents: stored_bytes tells, and the caller parks it. The
+-- text of a small jsonb may be that large, for it has the number 1e131071 in 12 bytes. Its size is known only once it
+-- is made. So a shard returns at most one message that grows to over 16 kB and eight times its stored size, and only as
+-- its first. Later ones come without contents and wait for the next read. OFFSET 0 keeps the text from being made
+-- twice.
 WITH late AS MATERIALIZED (
     SELECT transaction_id, from_no, to_no
     FROM {schema}.outbox_unordered

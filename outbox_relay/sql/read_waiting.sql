@@ -1,6 +1,7 @@
 -- The oldest messages that wait in shards that this transaction holds, an equal part of the limit from each shard and
--- aggregate type, in the shape of read_messages.sql. Those of :held_types stay, and are passed over as in claim_shards.sql. A
--- pending row whose message somebody has deleted comes with nothing but its number, and an empty id.
+-- aggregate type, in the shape of read_messages.sql. Those of :held_types stay, and are passed over as in
+-- claim_shards.sql. A pending row whose message somebody has deleted comes with nothing but its number, and an empty
+-- id.
 --
 -- A message that waits behind a parked one of its key comes too, and says so: the caller parks it, and does not meet it
 -- again.

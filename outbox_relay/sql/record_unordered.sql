@@ -1,6 +1,7 @@
 -- Remembers writers that are given up on, before anything overtakes their messages. Several relays may agree.
 --
--- No mark is above the horizon that such a writer has held up, so all of its numbers are above every mark that there is.
+-- No mark is above the horizon that such a writer has held up, so all of its numbers are above every mark that there
+-- is.
 INSERT INTO {schema}.outbox_unordered (transaction_id, from_no)
 SELECT
     unnest(%(xids)s::text[])::xid8,

@@ -1,6 +1,6 @@
--- Sets messages aside that a mark passes although they are not in Kafka, or says anew why one of them is pending. The hash of
--- the key is made from the row: a key may be longer than anybody wants to send. A message that was deleted meanwhile is
--- left out.
+-- Sets messages aside that a mark passes although they are not in Kafka, or says anew why one of them is pending. The
+-- hash of the key is made from the row: a key may be longer than anybody wants to send. A message that was deleted
+-- meanwhile is left out.
 INSERT INTO {schema}.outbox_pending (
     shard, sequence_no, key_hash, aggregate_type, state, reason_code, reason, is_unordered
 )

@@ -1,6 +1,6 @@
 -- How far each shard has come: its newest mark, that mark's age, and the highest number that is committed. And the
--- transaction that locked it last, whether or not it still runs: the rows are locked and never updated, so xmax is that of a
--- lock.
+-- transaction that locked it last, whether or not it still runs: the rows are locked and never updated, so xmax is that
+-- of a lock.
 SELECT
     each.shard,
     newest.through AS published_through,

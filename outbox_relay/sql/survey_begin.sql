@@ -2,8 +2,8 @@
 -- a transaction pooler too; filled in once, not by the driver. Read committed, whatever the role's default: a snapshot
 -- that lasted for the whole transaction would hold back vacuum, which is what a survey is to tell of.
 --
--- A scan of a table would walk all that is published; the indexes lead to what is asked for. Row level security would hide
--- messages, so that all looks published: without it PostgreSQL refuses to answer instead.
+-- A scan of a table would walk all that is published; the indexes lead to what is asked for. Row level security would
+-- hide messages, so that all looks published: without it PostgreSQL refuses to answer instead.
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
 SET LOCAL jit = off;
 SET LOCAL enable_seqscan = off;

@@ -1,9 +1,9 @@
 -- How old the oldest transactions are that this database has to keep in mind: in transactions since, or in seconds.
 --
 -- Vacuum is held back by the snapshot, or the xid, of a session of this database or of a standby's (which has no
--- database), by a prepared transaction, and by a replication slot; vacuum itself holds back no other.
--- When a transaction of another role's session began is told to members of pg_read_all_stats only: to others the longest
--- one is unknown, rather than that of their own sessions.
+-- database), by a prepared transaction, and by a replication slot; vacuum itself holds back no other. When a
+-- transaction of another role's session began is told to members of pg_read_all_stats only: to others the longest one
+-- is unknown, rather than that of their own sessions.
 SELECT
     (SELECT age(datfrozenxid)::float8 FROM pg_database WHERE datname = current_database()) AS xid_age,
     greatest(
