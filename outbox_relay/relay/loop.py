@@ -166,7 +166,10 @@ class Lane:
                     self._telemetry.partitions_changed(topic, partitions=partitions)
                 if self._shards.await_free(timeout=_MOST_WAIT_SECONDS):
                     reached = self._await_work()
-                    if reached is not None and not self._stop.is_set():
+                    if reached is None:
+                        continue
+                    self._await_kafka()  # another lane may have found it gone meanwhile
+                    if not self._stop.is_set():
                         self._turn(connection, reached)
             except DatabaseConflict as error:
                 self._be_careful(is_too_large=isinstance(error, AnswerTooLarge))
