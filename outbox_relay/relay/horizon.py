@@ -169,6 +169,11 @@ class Horizon:
         self._bystanders.clear()
 
     @property
+    def is_new(self) -> bool:
+        """Tell whether nothing was observed since the last reset."""
+        return not self.newest_no
+
+    @property
     def newest_no(self) -> int:
         """The highest number that was observed so far."""
         return self.candidates[-1].number if self.candidates else self.through
@@ -252,6 +257,13 @@ def list_writers(connection: Connection, *, schema: str) -> frozenset[int]:
     with translated_errors():
         rows = connection.execute(statement("list_writers", schema=schema)).fetchall()
     return frozenset(int(xid) for (xids,) in rows for xid in xids or ())
+
+
+def list_given_up(connection: Connection, *, schema: str) -> frozenset[int]:
+    """Give the full transaction ids of writers that were recorded as unordered and are not known to have ended."""
+    with translated_errors():
+        rows = connection.execute(statement("list_given_up", schema=schema)).fetchall()
+    return frozenset(int(xid) for (xid,) in rows)
 
 
 @dataclass(frozen=True, slots=True)

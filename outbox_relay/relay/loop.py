@@ -185,10 +185,14 @@ class Lane:
     def _await_work(self) -> Reached | None:
         """Wait until the horizon is beyond what is drained, or a look is due; return it, or None if neither is so."""
         drained = self._shards.drained_for(self.name)
-        timeout = min(self._look_at - time.monotonic(), _MOST_WAIT_SECONDS)
-        reached = self._watch.wait_beyond(drained, timeout=max(timeout, 0.0) if self._watch.reached.through else 1.0)
-        is_due = reached.through > drained or time.monotonic() >= self._look_at
-        return reached if reached.through and is_due else None
+        until_look = self._look_at - time.monotonic()
+        timeout = until_look if 0 < until_look < _MOST_WAIT_SECONDS else _MOST_WAIT_SECONDS
+        reached = self._watch.wait_beyond(drained, timeout=timeout, has_other_work=self._is_look_due)
+        has_work = reached.through > drained or self._is_look_due()
+        return reached if reached.through and has_work else None
+
+    def _is_look_due(self) -> bool:
+        return time.monotonic() >= self._look_at
 
     def _turn(self, connection: Connection, reached: Reached) -> None:
         """Claim shards that no other lane of the process holds, and work on them for one stint."""
@@ -202,7 +206,7 @@ class Lane:
     def _claim(self, connection: Connection, reached: Reached, candidates: Sequence[int]) -> None:
         self._reach("before_claim")
         began = time.monotonic()
-        looks_for_waiting = time.monotonic() >= self._look_at
+        looks_for_waiting = self._is_look_due()
         claim = claim_shards(
             connection,
             options=self._options.claim,

@@ -80,7 +80,6 @@ class HorizonWatch:
         self._has_to_reset = False
         self._reached = _UNKNOWN
         self._epoch: Epoch | None = None
-        self._wakes = 0
         self._check_at = 0.0
         self._last_news_at = 0.0
         self._pause = options.poll_interval
@@ -91,13 +90,21 @@ class HorizonWatch:
         """The horizon: no message up to its number can still appear, except those of writers that were given up on."""
         return _UNKNOWN if self._has_to_reset else self._reached
 
-    def wait_beyond(self, number: int, *, timeout: float) -> Reached:
-        """Wait until the horizon is higher than *number*, `wake` or the stop, at most *timeout* seconds; return it."""
-        wakes = self._wakes
+    def wait_beyond(
+        self, number: int, *, timeout: float, has_other_work: Callable[[], bool] = lambda: False
+    ) -> Reached:
+        """
+        Wait until the horizon is higher than *number*, or until the stop, at most *timeout* seconds; return it.
+
+        Once there is a horizon, the wait also ends when *has_other_work*, which is asked again at each `wake`.
+        """
+
+        def is_over() -> bool:
+            through = self.reached.through
+            return through > number or self._stopped.is_set() or (through > 0 and has_other_work())
+
         with self._moved:
-            self._moved.wait_for(
-                lambda: self.reached.through > number or self._wakes != wakes or self._stopped.is_set(), timeout
-            )
+            self._moved.wait_for(is_over, timeout)
         return self.reached
 
     def wait_for_late_writers(self, seen: int, *, timeout: float) -> int:
@@ -116,9 +123,8 @@ class HorizonWatch:
         self.wake()
 
     def wake(self) -> None:
-        """Wake all that wait: there is work, whatever the horizon does."""
+        """Let all that wait see whether they have other work."""
         with self._moved:
-            self._wakes += 1
             self._moved.notify_all()
 
     def run(self) -> None:
@@ -195,6 +201,8 @@ class HorizonWatch:
         now = time.monotonic()
         if seen.last_no > horizon.through:
             self._last_news_at = now
+        if horizon.is_new:
+            horizon.give_up(stage.list_given_up(connection, schema=schema))  # nobody waits for them a second time
         late = horizon.late_writers_ended
         horizon.observe(seen, now=now)
         if horizon.wants_look(now=now):

@@ -89,17 +89,25 @@ def test_whoever_waits_is_woken_by_the_horizon(database: Database, shop: Connect
         assert watch.wait_beyond(0, timeout=30).through == 1
 
 
-@pytest.mark.parametrize("call", ["wake", "stop"])
-def test_whoever_waits_is_woken_by_a_wake_and_by_the_stop(database: Database, call: str) -> None:
+def test_whoever_waits_is_woken_by_the_stop(database: Database) -> None:
     with watching(database) as watch, ThreadPoolExecutor(1) as thread:
         woken = thread.submit(watch.wait_beyond, 0, timeout=LONG)
-
-        def is_woken() -> bool:
-            getattr(watch, call)()
-            return woken.done()
-
-        eventually(is_woken)
+        watch.stop()
         assert woken.result() == (0, None)
+
+
+def test_whoever_waits_is_woken_by_other_work_once_there_is_a_horizon(database: Database, shop: Connection) -> None:
+    has_other_work = threading.Event()
+    with watching(database) as watch, ThreadPoolExecutor(1) as thread:
+        early = thread.submit(watch.wait_beyond, 1, timeout=0.2, has_other_work=lambda: True)
+        assert early.result() == (0, None)
+        insert(shop, "1")
+        reaches(watch, 1)
+        woken = thread.submit(watch.wait_beyond, 1, timeout=LONG, has_other_work=has_other_work.is_set)
+        assert not woken.done()
+        has_other_work.set()
+        watch.wake()
+        assert woken.result().through == 1
 
 
 def test_a_writer_is_recorded_before_the_horizon_passes_it(database: Database, shop: Connection) -> None:
@@ -130,6 +138,18 @@ def test_a_writer_that_is_given_up_on_twice_keeps_its_first_record(database: Dat
         assert watch.reached.through == 0
         reaches(watch, 2)
         assert shop.execute("SELECT from_no FROM outbox_unordered").fetchall() == [(0,)]
+
+
+def test_a_writer_that_was_given_up_on_before_is_not_waited_for(database: Database, shop: Connection) -> None:
+    with database.connect() as writer:
+        insert(writer, "1")
+        with watching(database, ordering_timeout=0.2) as watch:
+            reaches(watch, 1)
+        insert(shop, "2")
+        with watching(database) as watch:
+            reaches(watch, 2)
+            writer.commit()
+            assert watch.wait_for_late_writers(0, timeout=30) == 1
 
 
 def test_a_reset_announces_nothing_until_the_horizon_is_found_again(database: Database, shop: Connection) -> None:

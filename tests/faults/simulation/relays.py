@@ -264,6 +264,7 @@ def put_in_place(world: World, patches: pytest.MonkeyPatch) -> None:
     patches.setattr(horizon, "read_last_number", partial(_alone, "read_last_number", partial(_last_number, world)))
     patches.setattr(horizon, "observe", partial(_observe, world))
     patches.setattr(horizon, "list_writers", partial(_alone, "list_writers", partial(_list_writers, world)))
+    patches.setattr(horizon, "list_given_up", partial(_alone, "list_given_up", partial(_list_given_up, world)))
     patches.setattr(horizon, "describe", lambda _connection, **_named: [])
     patches.setattr(horizon, "record_unordered", partial(_record_unordered, world))
     patches.setattr(horizon, "check_tables", partial(_alone, "check_tables", lambda: None))
@@ -321,6 +322,10 @@ def _observe(world: World, connection: Connection, **_named: object) -> Observat
 
 def _list_writers(world: World) -> frozenset[int]:
     return frozenset(writer.xid for writer in world.open_writers if writer.numbers)
+
+
+def _list_given_up(world: World) -> frozenset[int]:
+    return frozenset(xid for xid, record in world.tables.unordered.items() if record.to_no is None)
 
 
 def _record_unordered(world: World, connection: Connection, *, xids: Collection[int], **_named: object) -> None:
