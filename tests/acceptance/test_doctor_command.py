@@ -20,6 +20,7 @@ from tests.fixtures.outbox import insert
 
 if TYPE_CHECKING:
     from outbox_relay.sandbox.kafka import Kafka
+    from outbox_relay.sandbox.postgres import PostgresServer
     from tests.fixtures.kafka import CreateTopic
     from tests.fixtures.postgres import Database
 
@@ -82,6 +83,12 @@ class SetUp:
             "PATH": f"{Path(sys.executable).parent}:{self.tools}:{os.environ['PATH']}",
         }
         subprocess.run(["bash", "-ec", remedy], env=environment, check=True, timeout=120)  # noqa: S607 -- any bash
+
+
+@pytest.fixture(scope="session")
+def postgres(durable_postgres: PostgresServer) -> PostgresServer:
+    """One that has nothing to be warned of."""
+    return durable_postgres
 
 
 @pytest.fixture

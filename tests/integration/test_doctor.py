@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from outbox_relay.operate.doctor.check import Check
     from outbox_relay.sandbox.kafka import Kafka
+    from outbox_relay.sandbox.postgres import PostgresServer
     from tests.fixtures.postgres import Database
 
 pytestmark = pytest.mark.kafka
@@ -33,6 +34,12 @@ SELECT pg_terminate_backend(pid)
 FROM pg_stat_activity
 WHERE application_name = 'outbox-relay doctor' AND datname = current_database()
 """
+
+
+@pytest.fixture(scope="session")
+def postgres(durable_postgres: PostgresServer) -> PostgresServer:
+    """One that has nothing to be warned of."""
+    return durable_postgres
 
 
 @pytest.fixture

@@ -216,9 +216,9 @@ def test_keys_spread_over_exactly_the_shards_that_can_be_claimed(conn: Connectio
 
 
 @pytest.fixture
-def bare_database(shared_server: Callable[[int], PostgresServer]) -> Iterator[Database]:
+def bare_database(shared_server: Callable[..., PostgresServer]) -> Iterator[Database]:
     """A database of the version that the dumps are made with, without the schema app."""
-    database = create_database(shared_server(DUMPED_WITH))
+    database = create_database(shared_server(DUMPED_WITH, fsync="off"))
     yield database
     drop_database(database)
 
