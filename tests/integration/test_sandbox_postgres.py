@@ -33,8 +33,8 @@ def test_server_is_of_the_version_it_was_asked_for(postgres: PostgresServer, pos
 
 
 @pytest.mark.every_postgres
-def test_server_keeps_the_durable_defaults(postgres: PostgresServer) -> None:
-    with psycopg.connect(postgres.dsn()) as conn:
+def test_server_keeps_the_durable_defaults(durable_postgres: PostgresServer) -> None:
+    with psycopg.connect(durable_postgres.dsn()) as conn:
         settings = conn.execute(
             "SELECT name, setting FROM pg_settings"
             " WHERE name IN ('fsync', 'synchronous_commit', 'full_page_writes', 'listen_addresses') ORDER BY name"
