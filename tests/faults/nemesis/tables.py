@@ -60,9 +60,19 @@ CREATE OR REPLACE FUNCTION refuse_update() RETURNS trigger LANGUAGE plpgsql AS $
 BEGIN
     RAISE EXCEPTION 'this table is append-only';
 END $$;
-CREATE TRIGGER refuse_update BEFORE UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION refuse_update();
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgname = 'refuse_update') THEN
+        CREATE TRIGGER refuse_update BEFORE UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION refuse_update();
+    END IF;
+END $$
 """
-ALLOW_UPDATES: LiteralString = "SET LOCAL lock_timeout = '100ms'; DROP TRIGGER refuse_update ON outbox"
+ALLOW_UPDATES: LiteralString = """
+CREATE OR REPLACE FUNCTION refuse_update() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN NEW;
+END $$
+"""
 
 
 @contextmanager
@@ -108,7 +118,11 @@ def published_rows_deleted(stage: Stage, _chance: Random) -> Iterator[None]:
 
 @contextmanager
 def updates_refused(stage: Stage, _chance: Random) -> Iterator[None]:
-    """By a trigger; nobody but an operator who edits a message updates the table."""
+    """
+    By a trigger; nobody but an operator who edits a message updates the table.
+
+    The trigger stays, and its function lets updates pass again: that needs no lock, for which it might wait for long.
+    """
     create(stage, REFUSE_UPDATES)
     yield
     create(stage, ALLOW_UPDATES)
@@ -145,7 +159,7 @@ def run(stage: Stage, statement: LiteralString) -> None:
 
 
 def create(stage: Stage, statement: LiteralString) -> None:
-    """Execute a statement that locks the table, as often as its lock is not to be had."""
+    """Execute a statement that may lock the table, as often as its lock is not to be had."""
 
     def is_done() -> bool:
         try:
@@ -155,7 +169,7 @@ def create(stage: Stage, statement: LiteralString) -> None:
             return False
         return True
 
-    eventually(is_done, message="the table could not be locked")
+    eventually(is_done, timeout=2 * RECOVERY_SECONDS, message="the table could not be locked")
 
 
 TABLES = (
