@@ -156,7 +156,11 @@ class HorizonWatch:
             self._stopped.wait(self._next_pause())
 
     def _check(self, connection: Connection) -> None:
-        """See every few seconds whether the tables can be trusted still; a locked one is left for the next time."""
+        """
+        See every few seconds whether the tables can be trusted still.
+
+        A locked one is left for the next time, but not after the numbers began anew: there is no horizon until then.
+        """
         now = time.monotonic()
         if now < self._check_at:
             return
@@ -164,6 +168,8 @@ class HorizonWatch:
         try:
             stage.check_tables(connection, schema=self._options.schema)
         except DatabaseConflict:
+            if self._is_renumbered:
+                raise
             return
         except SchemaMismatch:
             self._is_renumbered = True

@@ -195,6 +195,23 @@ def test_a_sequence_below_the_marks_leaves_no_horizon_until_it_is_mended(databas
         assert renumbered == [None]
 
 
+def test_numbers_that_begin_anew_have_no_horizon_while_the_tables_are_locked(
+    database: Database, shop: Connection
+) -> None:
+    insert(shop, "1", "2")
+    mark(shop)
+    with watching(database) as watch, database.connect() as holder:
+        reaches(watch, 2)
+        holder.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
+        shop.execute("ALTER SEQUENCE outbox_sequence_no_seq RESTART WITH 1")
+        shop.execute("SELECT nextval('outbox_sequence_no_seq')")
+        reaches(watch, 0)
+        assert watch.wait_beyond(0, timeout=2.0).through == 0
+        holder.rollback()
+        shop.execute("SELECT setval('outbox_sequence_no_seq', 2)")
+        reaches(watch, 2)
+
+
 def test_a_sequence_that_gives_several_numbers_at_once_leaves_no_horizon(database: Database, shop: Connection) -> None:
     shop.execute("ALTER SEQUENCE outbox_sequence_no_seq CACHE 10")
     insert(shop, "1")
