@@ -212,6 +212,7 @@ def test_xid_that_a_crashed_server_gave_away_again_is_not_taken_for_ours(own_dat
                 connection = own_database.connect(autocommit=True)
                 if wal_writer_of(connection) != wal_writer:
                     return connection
+                connection.close()
             return None
 
         def work(connection: Connection[TupleRow]) -> None:
