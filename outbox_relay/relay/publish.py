@@ -51,7 +51,8 @@ class Publisher:
 
     A broker that refuses one message refuses the whole batch it came in, and every message of the batch is reported
     with the same error. So the topic of such a batch is sent for a minute by a second producer, one message of each key
-    at a time: what is refused alone is guilty.
+    at a time: what is refused alone is guilty. A topic that could not be written to is sent like that until it takes a
+    message: that it can be seen is no proof that it can be written to, and the others of its batch would be repeated.
 
     *read_config* is asked anew for each producer. One that gets no answer gives way to another, which sees the
     credentials and certificates that were rotated meanwhile.
@@ -63,6 +64,7 @@ class Publisher:
         self._together = _Sender(read_config, is_single=False, logger=logger, failpoints=failpoints)
         self._singly = _Sender(read_config, is_single=True, logger=logger, failpoints=failpoints)
         self._alone_until: dict[str, float] = {}
+        self._unproven: set[str] = set()
         self._known_topics: set[str] = set()
         self._partitions: dict[str, int] = {}
         self._told_partitions: dict[str, int] = {}
@@ -139,19 +141,21 @@ class Publisher:
         missing = self.unavailable({record.topic for record in records}, timeout=timeout)
         outcomes: list[Outcome] = [missing.get(record.topic, WITHDRAWN) for record in records]
         now = time.monotonic()
-        alone = {topic for topic, until in self._alone_until.items() if until > now}
+        alone = {topic for topic, until in self._alone_until.items() if until > now} | self._unproven
         together: Sequence[int] = range(len(records))
         if alone or missing:
             sendable = [index for index in together if records[index].topic not in missing]
             together = [index for index in sendable if records[index].topic not in alone]
             singly = [index for index in sendable if records[index].topic in alone]
             self._send_singly(records, singly, outcomes, deadline=deadline)
+            self._unproven -= {records[index].topic for index in singly if outcomes[index] is None}
         was_refused = self._together.send(records, together, outcomes, deadline=deadline)
         if was_refused:
             self._send_alone_from_now_on(records, outcomes)
         if outcomes.count(None) < len(outcomes):
             failed = {record.topic for record, outcome in zip(records, outcomes, strict=True) if _is_of_topic(outcome)}
             self._known_topics -= failed
+            self._unproven |= failed
         return outcomes
 
     def _send_singly(

@@ -178,11 +178,12 @@ def test_a_topic_that_is_forbidden_and_allowed_again_under_load_is_held_while_ot
     def payments() -> int:
         return len(read_topic(kafka.bootstrap_servers, pipeline.topic("payment")))
 
-    with pipeline.relays(1, **login) as [relay]:
+    with pipeline.relays(1, lanes=LANES, batch_size=BATCH_SIZE, **login) as [relay]:
         with pipeline.load(PLAN) as load:
             load.await_more(500)
             with forbidden(admin, topic=pipeline.topic("order")):
-                assert relay.wait_for_event("topic_held")["topic"] == pipeline.topic("order")
+                held = relay.wait_for_events("topic_held", count=2 * LANES)
+                assert {event["topic"] for event in held} == {pipeline.topic("order")}
                 flowed = payments()
                 load.await_more(500)
                 eventually(lambda: payments() > flowed)
@@ -277,7 +278,7 @@ def test_partitions_that_are_added_under_load_are_noticed_and_lose_nothing(
     topic = pipeline.topic("order")
     with pipeline.relays(1, lanes=LANES, kafka__topic_metadata_refresh_interval_ms=500) as [relay]:
         with pipeline.load(PLAN) as load:
-            load.await_more(500)
+            eventually(lambda: read_topic(pipeline.kafka.bootstrap_servers, topic))
             admin.create_partitions([NewPartitions(topic, 6)])[topic].result(REQUEST_SECONDS)
             noticed = relay.wait_for_event("partitions_changed")
             load.await_more(500)
