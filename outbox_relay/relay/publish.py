@@ -156,6 +156,8 @@ class Publisher:
             failed = {record.topic for record, outcome in zip(records, outcomes, strict=True) if _is_of_topic(outcome)}
             self._known_topics -= failed
             self._unproven |= failed
+            if failed & alone:
+                self._singly.drop()  # it refuses by itself what a broker refused once, for minutes
         return outcomes
 
     def _send_singly(

@@ -272,6 +272,26 @@ def test_a_topic_that_may_not_be_written_to_is_the_topics_failure(mock_cluster: 
     eventually(lambda: send(mocked, [record("orders", "k")]) == [None])
 
 
+def test_a_topic_that_failed_is_sent_alone_until_it_takes_a_message(
+    mock_cluster: MockCluster, mocked: Publisher
+) -> None:
+    mock_cluster.create_topic("payments")
+    both = [record("orders", "k"), record("payments", "k")]
+    mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.TOPIC_AUTHORIZATION_FAILED])
+    send(mocked, both[:1])
+    for _ in range(3):
+        mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.TOPIC_AUTHORIZATION_FAILED])
+        refused, taken = send(mocked, both)
+        assert refused is not None
+        assert refused.scope is Scope.TOPIC
+        assert taken is None
+    assert send(mocked, both) == [None, None]
+    assert len(written(mock_cluster.bootstrap_servers, "payments")) == 4
+    mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.INVALID_PRODUCER_EPOCH])
+    codes = [outcome.code for outcome in send(mocked, both[:1] * 2) if outcome is not None]
+    assert codes == ["INVALID_PRODUCER_EPOCH"] * 2  # together again: alone, the second would not have been sent
+
+
 def test_a_producer_that_failed_for_good_is_replaced(mock_cluster: MockCluster, mocked: Publisher) -> None:
     mock_cluster.push_errors(ApiKey.PRODUCE, [KafkaError.INVALID_PRODUCER_EPOCH])
     [outcome] = send(mocked, [record("orders", "k")])
