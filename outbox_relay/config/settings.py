@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 _DEFAULT_BATCH_MESSAGES = 10_000
+_MOST_WAIT_SECONDS = 2_147_483
 _MESSAGE_TIMEOUT = "kafka.message.timeout.ms"
 
 _TIMES: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
@@ -90,7 +91,9 @@ def _from_json(value: object) -> object:
 
 
 Topic = Annotated[str, AfterValidator(_topic)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# PostgreSQL takes milliseconds of 32 bits, and 0 of them as no limit at all.
+Seconds = Annotated[float, Field(ge=0.001, le=_MOST_WAIT_SECONDS, allow_inf_nan=False)]
+SecondsOrNever = Annotated[float, Field(ge=0, le=_MOST_WAIT_SECONDS, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -154,7 +157,7 @@ class Settings(BaseSettings):
     """Bytes that a lane reads at once, such as `8MiB`; one message of each shard is always read. More: more memory.
     Fewer: less throughput."""
 
-    poll_interval: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] = 0.002
+    poll_interval: Seconds = 0.002
     """Seconds between polls while messages arrive. More: later delivery. Less: more processor time and round trips."""
 
     idle_poll_interval: Seconds = 0.1
@@ -184,8 +187,9 @@ class Settings(BaseSettings):
     More: the shards of a frozen relay are free later."""
 
     lock_timeout: Seconds = 2.0
-    """Seconds to wait for a lock in PostgreSQL. More: an `ALTER TABLE` delays the relay, and what queues behind it, for
-    longer. Less: more claims tried again."""
+    """Seconds that lanes, pruning, reconciling and replays wait for a lock in PostgreSQL; `migrate`, `parked`, the
+    survey and the canary have limits of their own. More: an `ALTER TABLE` delays the relay, and what queues behind it,
+    for longer. Less: more claims tried again."""
 
     statement_timeout: Seconds = 30.0
     """Seconds that one statement may take. More: a hanging one is noticed later. Less: a large batch on a slow disk
@@ -205,15 +209,15 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     """Least level that is logged. `debug` writes a line per batch and slows the relay down."""
 
-    survey_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 15.0
+    survey_interval: SecondsOrNever = 15.0
     """Seconds between looks at backlog, tables and transactions for the metrics. More: older figures. Less: more work
     for PostgreSQL. 0, or no port for metrics: none."""
 
-    ready_max_age: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    ready_max_age: SecondsOrNever = 60.0
     """Seconds after which a message that waits and does not move makes `/readyz` red. Less: a slow moment looks like a
     standstill. More: a standstill shows later. 0, or no survey: never."""
 
-    canary_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    canary_interval: SecondsOrNever = 0.0
     """Seconds between canaries, messages of the aggregate type `outbox-relay-canary` that measure the way to Kafka and
     back; the login needs the role `outbox_writer` too. More: a fault shows later. Less: more such messages. 0: none."""
 

@@ -133,7 +133,15 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
             ["OUTBOX_RELAY_BATCH_BYTES: 2GiB is more than 1073741824: lower it to 1073741824 or less"],
         ),
         ({"BATCH_BYTES": "8Mx"}, ["OUTBOX_RELAY_BATCH_BYTES: '8Mx': could not interpret byte unit: Mx"]),
-        ({"LOCK_TIMEOUT": "0"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 0 is not more than 0.0: raise it"]),
+        ({"LOCK_TIMEOUT": "0"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 0 is less than 0.001: raise it to 0.001 or more"]),
+        (
+            {"LOCK_TIMEOUT": "0.0004"},
+            ["OUTBOX_RELAY_LOCK_TIMEOUT: 0.0004 is less than 0.001: raise it to 0.001 or more"],
+        ),
+        (
+            {"ORDERING_TIMEOUT": "3e6"},
+            ["OUTBOX_RELAY_ORDERING_TIMEOUT: 3e6 is more than 2147483.0: lower it to 2147483.0 or less"],
+        ),
         ({"LOCK_TIMEOUT": "inf"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 'inf': input should be a finite number"]),
         ({"ON_POISON": "skp"}, ["OUTBOX_RELAY_ON_POISON: 'skp' is none of 'park' or 'skip'"]),
         ({"SCHEMA": 'a"; drop'}, ["OUTBOX_RELAY_SCHEMA: 'a\"; drop' is no plain lower-case identifier"]),
