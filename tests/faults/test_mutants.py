@@ -93,7 +93,7 @@ def a_batch_is_refused_as_a_whole(pipeline: Pipeline, start: Start) -> History:
     admin.incremental_alter_configs([resource])[resource].result(REQUEST_SECONDS)
     with pipeline.database.connect() as writer:
         writes = commit_messages(writer, *["order-1"] * 30)
-        with start(lanes=1, kafka__linger_ms=200, kafka__compression_type="none"):
+        with start(lanes=1, kafka__compression_type="none"):
             pipeline.await_settled()
     return pipeline.history(writes)
 
