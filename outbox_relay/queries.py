@@ -1,15 +1,23 @@
-"""Database work of the libraries, written once and executed on synchronous and asynchronous connections alike."""
+"""
+Database work of the libraries, written once and executed on synchronous and asynchronous connections alike.
+
+The connection is the caller's, with adapters, cursors, row factories and an encoding that suit the caller's queries.
+None of them reaches the queries that are executed here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
-from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor, errors
-from psycopg.pq import TransactionStatus
+from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor, errors, postgres
+from psycopg.adapt import AdaptersMap, Loader
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import TupleRow, tuple_row
+from psycopg.types import TypesRegistry
+from psycopg.types.array import ListBinaryDumper
 
 from outbox_relay.errors import NoTransaction, SchemaMismatch
 
@@ -17,10 +25,68 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from psycopg.abc import Buffer
+
+    AnyConnection = Connection[Any] | AsyncConnection[Any]
     Session = Connection[Any] | Cursor[Any]
     AsyncSession = AsyncConnection[Any] | AsyncCursor[Any]
 
 T = TypeVar("T")
+
+
+class _TextLoader(Loader):
+    """Loads text as UTF-8, which it is here; psycopg's own gives bytes where the client's encoding is SQL_ASCII."""
+
+    def load(self, data: Buffer) -> str:
+        return bytes(data).decode()
+
+
+def _own_adapters() -> AdaptersMap:
+    """
+    Make psycopg's adapters as they come, whatever was registered since in `psycopg.adapters`.
+
+    Arrays are sent in binary: with `standard_conforming_strings` off, psycopg's text for an array of bytes is read as
+    other bytes.
+    """
+    types = TypesRegistry()
+    postgres.register_default_types(types)
+    adapters = AdaptersMap(types=types)
+    postgres.register_default_adapters(adapters)
+    adapters.register_dumper(list, ListBinaryDumper)
+    adapters.register_loader("text", _TextLoader)
+    return adapters
+
+
+_ADAPTERS = _own_adapters()
+
+
+class _OwnCursor(Cursor[TupleRow]):
+    """A cursor that adapts values by our own map."""
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return _ADAPTERS
+
+
+class _OwnAsyncCursor(AsyncCursor[TupleRow]):
+    """The same on an asynchronous connection."""
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        return _ADAPTERS
+
+
+@overload
+def own_cursor(connection: Connection[Any]) -> Cursor[TupleRow]: ...
+@overload
+def own_cursor(connection: AsyncConnection[Any]) -> AsyncCursor[TupleRow]: ...
+@overload
+def own_cursor(connection: AnyConnection) -> Cursor[TupleRow] | AsyncCursor[TupleRow]: ...
+def own_cursor(connection: AnyConnection) -> Cursor[TupleRow] | AsyncCursor[TupleRow]:
+    """Open a cursor that binds parameters on the server and gives tuples, whatever the connection's own cursors do."""
+    if isinstance(connection, Connection):
+        return _OwnCursor(connection, row_factory=tuple_row)
+    return _OwnAsyncCursor(connection, row_factory=tuple_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +122,10 @@ def execute(session: Session, queries: Queries[T]) -> T:
         SchemaMismatch: A table, a column or a privilege is missing.
     """
     connection = session if isinstance(session, Connection) else session.connection
-    require_transaction(connection)
-    with _schema_errors(), connection.cursor(row_factory=tuple_row) as cursor:
+    with _schema_errors(), own_cursor(connection) as cursor:
+        _sync(connection)
+        require_transaction(connection)
+        queries, encodes = _in_utf8(connection, queries)
         rows: list[TupleRow] | None = None
         while True:
             try:
@@ -66,14 +134,18 @@ def execute(session: Session, queries: Queries[T]) -> T:
                 return end.value  # type: ignore[no-any-return]  # a generator's value is untyped here
             cursor.execute(query.text, query.parameters)
             rows = cursor.fetchall() if query.has_rows else []
+            if encodes:
+                _sync(connection)
 
 
 async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
     """Do what `execute` does, on an asynchronous connection or one of its cursors."""
     connection = session if isinstance(session, AsyncConnection) else session.connection
-    require_transaction(connection)
     with _schema_errors():
-        async with connection.cursor(row_factory=tuple_row) as cursor:
+        async with own_cursor(connection) as cursor:
+            await _sync_async(connection)
+            require_transaction(connection)
+            queries, encodes = _in_utf8(connection, queries)
             rows: list[TupleRow] | None = None
             while True:
                 try:
@@ -82,9 +154,11 @@ async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
                     return end.value  # type: ignore[no-any-return]  # a generator's value is untyped here
                 await cursor.execute(query.text, query.parameters)
                 rows = await cursor.fetchall() if query.has_rows else []
+                if encodes:
+                    await _sync_async(connection)
 
 
-def require_transaction(connection: Connection[Any] | AsyncConnection[Any]) -> None:
+def require_transaction(connection: AnyConnection) -> None:
     """
     Return when what is executed next on *connection* is part of a transaction that somebody will commit.
 
@@ -96,6 +170,52 @@ def require_transaction(connection: Connection[Any] | AsyncConnection[Any]) -> N
             "the connection is in autocommit mode and no transaction is open, so this would be committed apart from "
             "the change that it belongs to: put both into one `with connection.transaction():`"
         )
+
+
+def _sync(connection: Connection[Any]) -> None:
+    """
+    Let all that was sent in a pipeline be carried out.
+
+    Only then does the driver know whether a transaction is open, and what the server has set.
+    """
+    if _is_pipeline(connection):
+        with connection.pipeline() as pipeline:
+            pipeline.sync()
+
+
+async def _sync_async(connection: AsyncConnection[Any]) -> None:
+    if _is_pipeline(connection):
+        async with connection.pipeline() as pipeline:
+            await pipeline.sync()
+
+
+def _is_pipeline(connection: AnyConnection) -> bool:
+    return connection.pgconn.pipeline_status != PipelineStatus.OFF
+
+
+def _in_utf8(connection: AnyConnection, queries: Queries[T]) -> tuple[Queries[T], bool]:
+    """Give *queries* so that they are executed in UTF-8, which has every character, and whether that takes a change."""
+    if connection.info.encoding == "utf-8":
+        return queries, False
+    before = connection.info.parameter_status("client_encoding")
+    return _changing_encoding(queries, before=before), True
+
+
+def _changing_encoding(queries: Queries[T], *, before: str | None) -> Queries[T]:
+    """
+    Do *queries* in UTF-8, and put back the encoding that was there before.
+
+    An error of the server puts it back by itself, with all that the transaction, or the savepoint, has set.
+    """
+    change = b"SELECT set_config('client_encoding', %(encoding)s, true)"
+    yield Query(change, {"encoding": "UTF8"})
+    try:
+        result = yield from queries
+    except Exception:
+        yield Query(change, {"encoding": before})
+        raise
+    yield Query(change, {"encoding": before})
+    return result
 
 
 @contextmanager

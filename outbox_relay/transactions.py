@@ -17,9 +17,9 @@ from uuid import uuid4
 import psycopg
 from psycopg import AsyncConnection, AsyncTransaction, Connection, IsolationLevel, Pipeline, Transaction, errors
 from psycopg.pq import TransactionStatus
-from psycopg.rows import tuple_row
 
 from outbox_relay.errors import CommitOutcomeUnknown, ConnectionReplaced, TransactionError
+from outbox_relay.queries import own_cursor
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ def _begin(
     connection: AnyConnection, transaction: Manager, *, isolation_level: IsolationLevel | None
 ) -> Steps[tuple[str, int]]:
     """Begin, and leave a mark, in one round trip where libpq can; give the mark and the server process."""
-    cursor = connection.cursor(row_factory=tuple_row)
+    cursor = own_cursor(connection)
     mark = {"mark": uuid4().hex}
 
     def begin() -> Steps[None]:
@@ -387,7 +387,7 @@ def _begin(
 def _set_isolation_level(connection: AnyConnection, isolation_level: IsolationLevel | None) -> Steps[None]:
     if isolation_level is not None:
         level = isolation_level.name.replace("_", " ")
-        yield lambda: connection.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
+        yield lambda: own_cursor(connection).execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
 
 
 def _verify(connection: AnyConnection, mark: tuple[str, int]) -> Steps[tuple[str | None, Server]]:
@@ -396,7 +396,7 @@ def _verify(connection: AnyConnection, mark: tuple[str, int]) -> Steps[tuple[str
             "a statement failed, its error was caught, and the transaction is rolled back with all that came before: "
             "let the error pass, or put what may fail into `with connection.transaction():`"
         )
-    cursor = connection.cursor(row_factory=tuple_row)
+    cursor = own_cursor(connection)
     yield lambda: cursor.execute(statement("transaction_verify", schema=None))
     found, process_id, xid, *server = yield cursor.fetchone
     if (found, process_id) != mark:
@@ -448,7 +448,7 @@ def _ask(source: AnySource[C], xid: str, server: Server) -> Steps[Outcome]:
         return "undecided"
     parameters = {"xid": xid}
     try:
-        cursor = connection.cursor(row_factory=tuple_row)
+        cursor = own_cursor(connection)
         yield lambda: cursor.execute(statement("transaction_outcome", schema=None), parameters)
         status, *asked = yield cursor.fetchone
         outcome = outcome_of(status, asked=Server(*asked), committed_on=server)
