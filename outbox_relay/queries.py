@@ -8,7 +8,7 @@ None of them reaches the queries that are executed here.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, overload
 
@@ -22,7 +22,7 @@ from psycopg.types.array import ListBinaryDumper
 from outbox_relay.errors import NoTransaction, SchemaMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
     from typing import Any
 
     from psycopg.abc import Buffer
@@ -123,7 +123,7 @@ def execute(session: Session, queries: Queries[T]) -> T:
     """
     connection = session if isinstance(session, Connection) else session.connection
     with _schema_errors(), own_cursor(connection) as cursor:
-        _sync(connection)
+        sync(connection)
         require_transaction(connection)
         queries, encodes = _in_utf8(connection, queries)
         rows: list[TupleRow] | None = None
@@ -135,7 +135,7 @@ def execute(session: Session, queries: Queries[T]) -> T:
             cursor.execute(query.text, query.parameters)
             rows = cursor.fetchall() if query.has_rows else []
             if encodes:
-                _sync(connection)
+                sync(connection)
 
 
 async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
@@ -143,7 +143,7 @@ async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
     connection = session if isinstance(session, AsyncConnection) else session.connection
     with _schema_errors():
         async with own_cursor(connection) as cursor:
-            await _sync_async(connection)
+            await sync_async(connection)
             require_transaction(connection)
             queries, encodes = _in_utf8(connection, queries)
             rows: list[TupleRow] | None = None
@@ -155,7 +155,7 @@ async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
                 await cursor.execute(query.text, query.parameters)
                 rows = await cursor.fetchall() if query.has_rows else []
                 if encodes:
-                    await _sync_async(connection)
+                    await sync_async(connection)
 
 
 def require_transaction(connection: AnyConnection) -> None:
@@ -172,7 +172,52 @@ def require_transaction(connection: AnyConnection) -> None:
         )
 
 
-def _sync(connection: Connection[Any]) -> None:
+def require_open(session: Session | AsyncSession) -> None:
+    """
+    Return when a transaction is open on *session*, for a block that ends without committing anything.
+
+    Raises:
+        NoTransaction: None is.
+    """
+    connection = session if isinstance(session, Connection | AsyncConnection) else session.connection
+    if connection.info.transaction_status is TransactionStatus.IDLE:
+        raise NoTransaction(
+            "no transaction is open, and the end of this block would not commit one: put it, with the change that it "
+            "belongs to, into a `with connection.transaction():`"
+        )
+
+
+@contextmanager
+def savepoint(session: Session) -> Iterator[None]:
+    """
+    Undo what a block did if it raises, even if the transaction of *session* goes on and is committed.
+
+    That transaction is opened if this is its beginning, for the driver would commit at the end of an outermost block.
+
+    Raises:
+        NoTransaction: The connection is in autocommit mode and no transaction is open.
+    """
+    connection = session if isinstance(session, Connection) else session.connection
+    execute(session, _begin(connection))
+    with connection.transaction():
+        yield
+
+
+@asynccontextmanager
+async def savepoint_async(session: AsyncSession) -> AsyncIterator[None]:
+    """Do what `savepoint` does, on an asynchronous connection or one of its cursors."""
+    connection = session if isinstance(session, AsyncConnection) else session.connection
+    await execute_async(session, _begin(connection))
+    async with connection.transaction():
+        yield
+
+
+def _begin(connection: AnyConnection) -> Queries[None]:
+    if connection.info.transaction_status is TransactionStatus.IDLE:
+        yield Query(b"SELECT", has_rows=False)
+
+
+def sync(connection: Connection[Any]) -> None:
     """
     Let all that was sent in a pipeline be carried out.
 
@@ -183,7 +228,8 @@ def _sync(connection: Connection[Any]) -> None:
             pipeline.sync()
 
 
-async def _sync_async(connection: AsyncConnection[Any]) -> None:
+async def sync_async(connection: AsyncConnection[Any]) -> None:
+    """Do what `sync` does, on an asynchronous connection."""
     if _is_pipeline(connection):
         async with connection.pipeline() as pipeline:
             await pipeline.sync()

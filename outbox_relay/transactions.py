@@ -19,7 +19,7 @@ from psycopg import AsyncConnection, AsyncTransaction, Connection, IsolationLeve
 from psycopg.pq import TransactionStatus
 
 from outbox_relay.errors import CommitOutcomeUnknown, ConnectionReplaced, TransactionError
-from outbox_relay.queries import own_cursor
+from outbox_relay.queries import own_cursor, sync, sync_async
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def _nested(connection: C, work: Callable[[C], Steps[T]], *, isolation_level: Is
         yield from _set_isolation_level(connection, isolation_level)
         return (yield from work(connection))
 
-    return (yield from _within(connection.transaction(), inner()))
+    return (yield from within(connection.transaction(), inner()))
 
 
 def _attempt(
@@ -328,6 +328,7 @@ def _attempt(
             raise _NothingCommitted(error) from error
         raise
     finally:
+        _close_unless_whole(connection)
         yield lambda: _close(source, connection)
     if not isinstance(ended, _LostCommit):
         return ended
@@ -344,22 +345,30 @@ def _once(
     Whatever is raised here was rolled back, or the connection was lost before COMMIT was sent.
     """
     transaction = _transaction(connection)
+    mark = yield from _begin(connection, transaction, isolation_level=isolation_level)
     try:
-        mark = yield from _begin(connection, transaction, isolation_level=isolation_level)
         result = yield from work(connection)
         xid, server = yield from _verify(connection, mark)
     except BaseException as error:
         yield _leave(transaction, error)
+        yield from _synced(connection)
         raise
     # On a connection that is closed by now psycopg skips COMMIT without a word.
     lost: psycopg.Error = psycopg.OperationalError("the connection was closed before COMMIT")
     try:
         yield _leave(transaction)
+        yield from _synced(connection)
     except psycopg.Error as error:
         if not connection.closed:
             raise  # the server's answer to COMMIT was no
         lost = error
     return _LostCommit(xid, server, result, lost) if connection.closed else result
+
+
+def _synced(connection: AnyConnection) -> Steps[None]:
+    """In a caller's pipeline, wait for the answer to COMMIT or ROLLBACK, which psycopg only puts into the queue."""
+    if not connection.closed:
+        yield lambda: sync(connection) if isinstance(connection, Connection) else sync_async(connection)
 
 
 def _transaction(connection: AnyConnection) -> Manager:
@@ -370,7 +379,11 @@ def _transaction(connection: AnyConnection) -> Manager:
 def _begin(
     connection: AnyConnection, transaction: Manager, *, isolation_level: IsolationLevel | None
 ) -> Steps[tuple[str, int]]:
-    """Begin, and leave a mark, in one round trip where libpq can; give the mark and the server process."""
+    """
+    Begin, and leave a mark, in one round trip where libpq can; give the mark and the server process.
+
+    If it fails or is cancelled in mid-pipeline, nobody knows how much of it was begun: the connection is closed then.
+    """
     cursor = own_cursor(connection)
     mark = {"mark": uuid4().hex}
 
@@ -379,8 +392,12 @@ def _begin(
         yield from _set_isolation_level(connection, isolation_level)
         yield lambda: cursor.execute(statement("transaction_begin", schema=None), mark)
 
-    yield from _within(connection.pipeline() if Pipeline.is_supported() else nullcontext(), begin())
-    written: tuple[str, int] = yield cursor.fetchone
+    try:
+        yield from within(connection.pipeline() if Pipeline.is_supported() else nullcontext(), begin())
+        written: tuple[str, int] = yield cursor.fetchone
+    except BaseException:
+        connection.pgconn.finish()
+        raise
     return written
 
 
@@ -477,10 +494,33 @@ def _opening(source: AnySource[C]) -> Step:
 def _close(source: AnySource[C], connection: C) -> object:
     if isinstance(source, Connection | AsyncConnection):
         return None
-    return source.putconn(connection) if isinstance(source, Pool) else connection.close()
+    if isinstance(source, Pool):
+        given = source.putconn(connection)
+        return _carried_out(given) if isawaitable(given) else given
+    return connection.close()
 
 
-def _within(manager: Manager, steps: Steps[T]) -> Steps[T]:
+def _close_unless_whole(connection: AnyConnection) -> None:
+    """Close a connection that was interrupted in a way that leaves a transaction open; this never waits."""
+    if connection.info.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+        connection.pgconn.finish()
+
+
+async def _carried_out(work: Awaitable[object]) -> None:
+    """Wait until *work* is done, which is soon, even if cancelled: a pool would miss the connection for ever."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled:
+        raise cancelled
+    task.result()
+
+
+def within(manager: Manager, steps: Steps[T]) -> Steps[T]:
     """Do *steps* within *manager*, as a `with` statement would."""
     yield _enter(manager)
     try:
