@@ -15,9 +15,9 @@ import psycopg
 from psycopg import AsyncConnection, Connection, Cursor, errors
 
 from outbox_relay.errors import OutboxRelayError, RequestInFlight, RequestMismatch
-from outbox_relay.queries import Queries, Query, execute, execute_async
+from outbox_relay.queries import Queries, Query, execute, execute_async, savepoint, savepoint_async
 from outbox_relay.sql import statement
-from outbox_relay.transactions import perform, run_steps, run_steps_async, whole
+from outbox_relay.transactions import perform, run_steps, run_steps_async, whole, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -101,7 +101,8 @@ class IdempotencyKeys:
         Give the response that *work* gives for the first request with *key*, to that one and to all that follow.
 
         Everything happens in the transaction that is open on *session*: once it is committed the effects and the
-        response are there, and after a crash or an error neither is. A request that comes while the first one is at
+        response are there, and after a crash or an error neither is, even if the error is caught and the transaction
+        goes on: all of it is in a savepoint. A request that comes while the first one is at
         work waits for it. Raise the isolation level only together with `transact`, for it then may have to be
         repeated as a whole.
 
@@ -111,18 +112,19 @@ class IdempotencyKeys:
 
         Raises:
             RequestMismatch: The key was used for a request with another fingerprint.
-            RequestInFlight: The first request was still at work after `wait_seconds`. The transaction is aborted.
+            RequestInFlight: The first request was still at work after `wait_seconds`.
             NoTransaction: The session is in autocommit mode and no transaction is open.
             TypeError, ValueError: The key is not usable, or the response is not JSON.
         """
-        return run_steps(self._answer(session, key, lambda: work(session), fingerprint=fingerprint))
+        steps = self._answer(session, key, lambda: work(session), fingerprint=fingerprint)
+        return run_steps(within(savepoint(session), steps))
 
     async def answer_async(
         self, session: AsyncS, key: str, work: Callable[[AsyncS], Awaitable[T]], *, fingerprint: str
     ) -> T:
         """Do what `answer` does, with an asynchronous session."""
         steps: Steps[T] = self._answer(session, key, lambda: work(session), fingerprint=fingerprint)
-        return await run_steps_async(steps)
+        return await run_steps_async(within(savepoint_async(session), steps))
 
     def answer_in_steps(
         self, source: Source[SyncC], key: str, work: Callable[[Request[SyncC]], T], *, fingerprint: str

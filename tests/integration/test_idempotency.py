@@ -108,6 +108,33 @@ def test_request_that_failed_is_answered_by_the_next(connect: Connect, admin: Co
     assert charges(admin) == ["only"]
 
 
+def test_work_whose_error_is_caught_leaves_nothing_in_a_transaction_that_goes_on(
+    connect: Connect, admin: Connection[TupleRow]
+) -> None:
+    def fail(connection: Connection[TupleRow]) -> None:
+        charge(connection, "half")
+        raise KeyError("no such card")
+
+    with connect() as connection:
+        with pytest.raises(KeyError):
+            KEYS.answer(connection, "k", fail, fingerprint=FIRST)
+        charge(connection, "after")
+        connection.commit()
+    assert charges(admin) == ["after"]
+    transact(connect, lambda connection: KEYS.answer(connection, "k", charge, fingerprint=FIRST))
+    assert charges(admin) == ["after", "only"]
+
+
+def test_response_that_is_no_json_leaves_nothing_in_a_transaction_that_goes_on(
+    connect: Connect, admin: Connection[TupleRow]
+) -> None:
+    with connect() as connection:
+        with pytest.raises(TypeError):
+            KEYS.answer(connection, "k", lambda inner: {charge(inner)["id"]: object()}, fingerprint=FIRST)
+        connection.commit()
+    assert (charges(admin), admin.execute("SELECT FROM idempotency_key").fetchall()) == ([], [])
+
+
 def test_request_is_told_of_a_twin_that_is_at_work_for_too_long(connect: Connect) -> None:
     with connect() as twin, connect() as connection:
         KEYS.answer(twin, "k", charge, fingerprint=FIRST)
