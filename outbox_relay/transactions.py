@@ -254,6 +254,11 @@ def is_in_transaction(connection: AnyConnection) -> bool:
     return connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 
+def is_idle(connection: AnyConnection) -> bool:
+    """Whether nothing at all is open or on its way on *connection*, or it is closed."""
+    return connection.info.transaction_status in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN)
+
+
 class _NothingCommitted(Exception):
     """An attempt ended without effect, and may be repeated."""
 
@@ -502,7 +507,7 @@ def _close(source: AnySource[C], connection: C) -> object:
 
 def _close_unless_whole(connection: AnyConnection) -> None:
     """Close a connection that was interrupted in a way that leaves a transaction open; this never waits."""
-    if connection.info.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+    if not is_idle(connection):
         connection.pgconn.finish()
 
 
