@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, Connection, Cursor, errors
+from psycopg import AsyncConnection, AsyncCursor, Connection, errors
 
 from outbox_relay.errors import OutboxRelayError, RequestInFlight, RequestMismatch, TransactionError
 from outbox_relay.queries import Queries, Query, execute, execute_async, savepoint, savepoint_async
@@ -404,9 +404,9 @@ def _stored_response(key: str, wanted: str, *, fingerprint: str, response: str |
 
 
 def _executed(session: Session | AsyncSession, queries: Queries[T]) -> Steps[T]:
-    if isinstance(session, Connection | Cursor):
-        return perform(lambda: execute(session, queries))
-    return perform(lambda: execute_async(session, queries))
+    if isinstance(session, AsyncConnection | AsyncCursor):
+        return perform(lambda: execute_async(session, queries))
+    return perform(lambda: execute(session, queries))
 
 
 def _to_json(value: object) -> str:

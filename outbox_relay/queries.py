@@ -19,7 +19,7 @@ from psycopg.rows import TupleRow, tuple_row
 from psycopg.types import TypesRegistry
 from psycopg.types.array import ListBinaryDumper
 
-from outbox_relay.errors import NoTransaction, SchemaMismatch
+from outbox_relay.errors import NoTransaction, SchemaMismatch, TransactionError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -121,7 +121,7 @@ def execute(session: Session, queries: Queries[T]) -> T:
         NoTransaction: The connection is in autocommit mode and no transaction is open.
         SchemaMismatch: A table, a column or a privilege is missing.
     """
-    connection = session if isinstance(session, Connection) else session.connection
+    connection = connection_of(session)
     with _schema_errors(), own_cursor(connection) as cursor:
         sync(connection)
         require_transaction(connection)
@@ -140,7 +140,7 @@ def execute(session: Session, queries: Queries[T]) -> T:
 
 async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
     """Do what `execute` does, on an asynchronous connection or one of its cursors."""
-    connection = session if isinstance(session, AsyncConnection) else session.connection
+    connection = async_connection_of(session)
     with _schema_errors():
         async with own_cursor(connection) as cursor:
             await sync_async(connection)
@@ -158,6 +158,49 @@ async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
                     await sync_async(connection)
 
 
+def connection_of(session: object) -> Connection[Any]:
+    """
+    Give the connection that *session* is, or belongs to.
+
+    Raises:
+        TypeError: It is nothing of psycopg's, or asynchronous.
+    """
+    if isinstance(session, Cursor):
+        return session.connection
+    if isinstance(session, Connection):
+        return session
+    raise TypeError(_misfit(session, wanted="a psycopg.Connection or one of its cursors"))
+
+
+def async_connection_of(session: object) -> AsyncConnection[Any]:
+    """Do what `connection_of` does, of an asynchronous session."""
+    if isinstance(session, AsyncCursor):
+        return session.connection
+    if isinstance(session, AsyncConnection):
+        return session
+    raise TypeError(_misfit(session, wanted="a psycopg.AsyncConnection or one of its cursors"))
+
+
+def _misfit(session: object, *, wanted: str) -> str:
+    kind = type(session)
+    told = f"got a {kind.__module__}.{kind.__qualname__}, not {wanted}"
+    match session:
+        case Connection() | Cursor():
+            return f"{told}: call the method without _async"
+        case AsyncConnection() | AsyncCursor():
+            return f"{told}: call the method whose name ends in _async, and await it"
+    if hasattr(session, "getconn"):
+        return f"{told}: take a connection from the pool, as in `with pool.connection() as connection:`"
+    if kind.__module__.startswith("sqlalchemy."):
+        return (
+            f"{told}: write messages with outbox_relay.writer.sqlalchemy, and for the others pass the driver's own, "
+            "session.connection().connection.driver_connection, on an engine whose URL begins with postgresql+psycopg://"
+        )
+    if kind.__module__.startswith("django."):
+        return f"{told}: write messages with outbox_relay.writer.django, and for the others pass connection.connection"
+    return f"{told}: other drivers are not supported, but SQLAlchemy's in outbox_relay.writer.sqlalchemy"
+
+
 def require_transaction(connection: AnyConnection) -> None:
     """
     Return when what is executed next on *connection* is part of a transaction that somebody will commit.
@@ -172,18 +215,33 @@ def require_transaction(connection: AnyConnection) -> None:
         )
 
 
-def require_open(session: Session | AsyncSession) -> None:
+def require_open(connection: AnyConnection) -> None:
     """
-    Return when a transaction is open on *session*, for a block that ends without committing anything.
+    Return when a transaction is open on *connection*, for a block that ends without committing anything.
 
     Raises:
         NoTransaction: None is.
     """
-    connection = session if isinstance(session, Connection | AsyncConnection) else session.connection
     if connection.info.transaction_status is TransactionStatus.IDLE:
         raise NoTransaction(
             "no transaction is open, and the end of this block would not commit one: put it, with the change that it "
             "belongs to, into a `with connection.transaction():`"
+        )
+
+
+def require_block(connection: AnyConnection) -> None:
+    """
+    Return when a block on *connection* is committed at its end, or is part of one that is.
+
+    Raises:
+        TransactionError: A statement has opened a transaction that no block will commit.
+    """
+    is_open = connection.info.transaction_status is not TransactionStatus.IDLE
+    has_block = getattr(connection, "_num_transactions", 1)  # psycopg tells nobody else
+    if is_open and not connection.autocommit and not has_block:
+        raise TransactionError(
+            "a transaction is open that no block will commit: an earlier statement, perhaps a SELECT, has begun it. "
+            "Commit it first, or put all of it into one `with connection.transaction():`"
         )
 
 
@@ -197,7 +255,7 @@ def savepoint(session: Session) -> Iterator[None]:
     Raises:
         NoTransaction: The connection is in autocommit mode and no transaction is open.
     """
-    connection = session if isinstance(session, Connection) else session.connection
+    connection = connection_of(session)
     execute(session, _begin(connection))
     with connection.transaction():
         yield
@@ -206,7 +264,7 @@ def savepoint(session: Session) -> Iterator[None]:
 @asynccontextmanager
 async def savepoint_async(session: AsyncSession) -> AsyncIterator[None]:
     """Do what `savepoint` does, on an asynchronous connection or one of its cursors."""
-    connection = session if isinstance(session, AsyncConnection) else session.connection
+    connection = async_connection_of(session)
     await execute_async(session, _begin(connection))
     async with connection.transaction():
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -326,6 +326,8 @@ def _attempt(
     sleep: Callable[[float], object],
 ) -> Steps[T]:
     connection: C = yield _opening(source)
+    if not isinstance(connection, Connection | AsyncConnection):
+        raise TypeError(_misfit(connection))
     try:
         ended = yield from _once(connection, work, isolation_level=isolation_level)
     except psycopg.Error as error:
@@ -493,7 +495,23 @@ def _can_reopen(source: AnySource[C]) -> bool:
 def _opening(source: AnySource[C]) -> Step:
     if isinstance(source, Connection | AsyncConnection):
         return lambda: source
-    return source.getconn if isinstance(source, Pool) else source
+    if isinstance(source, Pool):
+        return source.getconn
+    if callable(source):
+        return source
+    raise TypeError(_misfit(source))
+
+
+def _misfit(given: object) -> str:
+    """Say what to give instead of *given*, and let go of what nobody will await."""
+    if isinstance(given, Coroutine):
+        given.close()
+    if isawaitable(given):
+        return "got an asynchronous source of connections: call the function whose name ends in _async, and await it"
+    return (
+        f"got a {type(given).__module__}.{type(given).__qualname__}, not psycopg's connection: give a psycopg "
+        "connection, a psycopg_pool pool, or a function that opens a psycopg connection"
+    )
 
 
 def _close(source: AnySource[C], connection: C) -> object:

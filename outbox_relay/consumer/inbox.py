@@ -6,13 +6,22 @@ import json
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast, get_args
 from uuid import uuid5
 
 from psycopg.pq import TransactionStatus
 
 from outbox_relay.errors import TransactionError
-from outbox_relay.queries import Query, execute, execute_async, require_open, savepoint, savepoint_async
+from outbox_relay.queries import (
+    Query,
+    async_connection_of,
+    connection_of,
+    execute,
+    execute_async,
+    require_open,
+    savepoint,
+    savepoint_async,
+)
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -58,9 +67,14 @@ class Accepting(ABC):
         consumer: Who consumes. Several consumers share a table and do not see each other's rows.
         schema: Where the tables are; None leaves it to search_path.
         replays: Whether a replayed message is a duplicate of the first delivery, or has its effects once more.
+
+    Raises:
+        ValueError: *replays* is neither of the two.
     """
 
     def __init__(self, consumer: str, *, schema: str | None = None, replays: Replays = "ignore") -> None:
+        if replays not in get_args(Replays):
+            raise ValueError(f'replays is {replays!r}: give "ignore" or "apply"')
         self.consumer = consumer
         self.schema = schema
         self.replays = replays
@@ -122,14 +136,14 @@ class Inbox(Accepting):
         Raises:
             NoTransaction: No transaction is open, and the end of the block would not commit one.
         """
-        require_open(session)
+        require_open(connection_of(session))
         with savepoint(session):
             yield self.accept(session, message)
 
     @asynccontextmanager
     async def once_async(self, session: AsyncSession, message: Message) -> AsyncIterator[bool]:
         """Do what `once` does."""
-        require_open(session)
+        require_open(async_connection_of(session))
         async with savepoint_async(session):
             yield await self.accept_async(session, message)
 
@@ -180,7 +194,7 @@ class Inbox(Accepting):
         Raises:
             TransactionError: A transaction is open, and would hold all of them.
         """
-        _require_idle(connection)
+        _require_idle(connection_of(connection))
         total = 0
         while True:
             with connection.transaction():
@@ -193,7 +207,7 @@ class Inbox(Accepting):
         self, connection: AsyncConnection[Any], *, older_than: timedelta, limit: int = 10_000
     ) -> int:
         """Do what `prune_all` does."""
-        _require_idle(connection)
+        _require_idle(async_connection_of(connection))
         total = 0
         while True:
             async with connection.transaction():
