@@ -123,7 +123,8 @@ def execute(session: Session, queries: Queries[T]) -> T:
     """
     connection = connection_of(session)
     with _schema_errors(), own_cursor(connection) as cursor:
-        sync(connection)
+        if connection.autocommit:
+            sync(connection)
         require_transaction(connection)
         queries, encodes = _in_utf8(connection, queries)
         rows: list[TupleRow] | None = None
@@ -143,7 +144,8 @@ async def execute_async(session: AsyncSession, queries: Queries[T]) -> T:
     connection = async_connection_of(session)
     with _schema_errors():
         async with own_cursor(connection) as cursor:
-            await sync_async(connection)
+            if connection.autocommit:
+                await sync_async(connection)
             require_transaction(connection)
             queries, encodes = _in_utf8(connection, queries)
             rows: list[TupleRow] | None = None

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import isawaitable
@@ -358,7 +358,7 @@ def _once(
         xid, server = yield from _verify(connection, mark)
     except BaseException as error:
         yield _leave(transaction, error)
-        yield from _synced(connection)
+        yield from _drained(connection)
         raise
     # On a connection that is closed by now psycopg skips COMMIT without a word.
     lost: psycopg.Error = psycopg.OperationalError("the connection was closed before COMMIT")
@@ -367,6 +367,7 @@ def _once(
         yield from _synced(connection)
     except psycopg.Error as error:
         if not connection.closed:
+            yield from _drained(connection)
             raise  # the server's answer to COMMIT was no
         lost = error
     return _LostCommit(xid, server, result, lost) if connection.closed else result
@@ -376,6 +377,13 @@ def _synced(connection: AnyConnection) -> Steps[None]:
     """In a caller's pipeline, wait for the answer to COMMIT or ROLLBACK, which psycopg only puts into the queue."""
     if not connection.closed:
         yield lambda: sync(connection) if isinstance(connection, Connection) else sync_async(connection)
+
+
+def _drained(connection: AnyConnection) -> Steps[None]:
+    """In a caller's pipeline that failed, take what is still on its way: an error may stand before the last answer."""
+    for _ in range(2):
+        with suppress(psycopg.Error):
+            yield from _synced(connection)
 
 
 def _transaction(connection: AnyConnection) -> Manager:
