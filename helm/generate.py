@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from importlib import resources
 from pathlib import Path
 
 import yaml
 
 from outbox_relay.config import Settings
+from outbox_relay.config.kafka import kinds
 
 CHART = Path(__file__).parent / "outbox-relay"
 VALUES_SCHEMA = CHART / "values.schema.json"
@@ -48,16 +48,11 @@ def _settings_schema() -> dict[str, object]:
         "type": "object",
         "description": "Properties of librdkafka under their own names, such as `linger.ms`.",
         "additionalProperties": False,
-        "properties": {name: {"$ref": "#/definitions/librdkafka"} for name in _librdkafka_properties()},
+        "properties": {name: {"$ref": "#/definitions/librdkafka"} for name in sorted(kinds())},
     }
     properties["metrics_port"]["minimum"] = 1  # the probes ask there
     required = ["kafka", "metrics_port", "drain_timeout"]
     return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
-
-
-def _librdkafka_properties() -> list[str]:
-    names = resources.files("outbox_relay.config").joinpath("producer_properties.txt").read_text(encoding="ascii")
-    return sorted(names.split())
 
 
 def _values_table() -> str:

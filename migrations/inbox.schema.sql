@@ -50,6 +50,7 @@ CREATE TABLE app.inbox_sequence (
     partition integer NOT NULL,
     aggregate_type text NOT NULL,
     key text NOT NULL,
+    key_hash bytea NOT NULL,
     sequence_no bigint NOT NULL,
     previous_sequence_no bigint NOT NULL
 )
@@ -72,7 +73,7 @@ ALTER TABLE ONLY app.inbox_offset
     ADD CONSTRAINT inbox_offset_pkey PRIMARY KEY (consumer, topic, partition);
 
 ALTER TABLE ONLY app.inbox_sequence
-    ADD CONSTRAINT inbox_sequence_pkey PRIMARY KEY (consumer, source, topic, partition, aggregate_type, key);
+    ADD CONSTRAINT inbox_sequence_pkey PRIMARY KEY (consumer, topic, partition, key_hash);
 
 ALTER TABLE ONLY app.outbox_relay_migration
     ADD CONSTRAINT outbox_relay_migration_pkey PRIMARY KEY (line, version);

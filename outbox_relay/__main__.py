@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command line, or say what to install when the daemon's packages are missing."""
+    _end_at_sigterm()
     try:
         from outbox_relay.cli import cli  # noqa: PLC0415 -- the base install has no click
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("outbox_relay"):
             raise
@@ -19,6 +24,16 @@ def main() -> None:
         )
         raise SystemExit(3) from error
     cli()
+
+
+def _end_at_sigterm() -> None:
+    """
+    End the process at SIGTERM with the exit code 143, until a command takes the signal itself.
+
+    The default would do as much, but the kernel ignores it for the first process of a container, which then stays until
+    it is killed. Nothing is raised: an exception in the middle of an import would surface as another one, or be lost.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
 
 
 if __name__ == "__main__":

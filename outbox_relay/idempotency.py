@@ -7,17 +7,17 @@ import hashlib
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, Connection, Cursor, errors
+from psycopg import AsyncConnection, AsyncCursor, Connection, errors
 
-from outbox_relay.errors import OutboxRelayError, RequestInFlight, RequestMismatch
-from outbox_relay.queries import Queries, Query, execute, execute_async
+from outbox_relay.errors import OutboxRelayError, RequestInFlight, RequestMismatch, TransactionError
+from outbox_relay.queries import Queries, Query, execute, execute_async, savepoint, savepoint_async
 from outbox_relay.sql import statement
-from outbox_relay.transactions import perform, run_steps, run_steps_async, whole
+from outbox_relay.transactions import is_idle, perform, run_steps, run_steps_async, whole, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -101,7 +101,8 @@ class IdempotencyKeys:
         Give the response that *work* gives for the first request with *key*, to that one and to all that follow.
 
         Everything happens in the transaction that is open on *session*: once it is committed the effects and the
-        response are there, and after a crash or an error neither is. A request that comes while the first one is at
+        response are there, and after a crash or an error neither is, even if the error is caught and the transaction
+        goes on: all of it is in a savepoint. A request that comes while the first one is at
         work waits for it. Raise the isolation level only together with `transact`, for it then may have to be
         repeated as a whole.
 
@@ -111,18 +112,19 @@ class IdempotencyKeys:
 
         Raises:
             RequestMismatch: The key was used for a request with another fingerprint.
-            RequestInFlight: The first request was still at work after `wait_seconds`. The transaction is aborted.
+            RequestInFlight: The first request was still at work after `wait_seconds`.
             NoTransaction: The session is in autocommit mode and no transaction is open.
             TypeError, ValueError: The key is not usable, or the response is not JSON.
         """
-        return run_steps(self._answer(session, key, lambda: work(session), fingerprint=fingerprint))
+        steps = self._answer(session, key, lambda: work(session), fingerprint=fingerprint)
+        return run_steps(within(savepoint(session), steps))
 
     async def answer_async(
         self, session: AsyncS, key: str, work: Callable[[AsyncS], Awaitable[T]], *, fingerprint: str
     ) -> T:
         """Do what `answer` does, with an asynchronous session."""
         steps: Steps[T] = self._answer(session, key, lambda: work(session), fingerprint=fingerprint)
-        return await run_steps_async(steps)
+        return await run_steps_async(within(savepoint_async(session), steps))
 
     def answer_in_steps(
         self, source: Source[SyncC], key: str, work: Callable[[Request[SyncC]], T], *, fingerprint: str
@@ -144,6 +146,7 @@ class IdempotencyKeys:
         Raises:
             RequestMismatch: The key was used for a request with another fingerprint.
             RequestInFlight: Another one is at work on the request, or has taken it over from this one.
+            TransactionError: *source* is a connection that has a transaction open.
             TypeError, ValueError: The key is not usable, or the response is not JSON.
         """
         steps = self._answer_in_steps(
@@ -207,6 +210,7 @@ class IdempotencyKeys:
         fingerprint: str,
         sleep: Callable[[float], object],
     ) -> Steps[T]:
+        _require_own_transaction(source)
         taken = yield from whole(
             source, lambda connection: self._take(connection, key, fingerprint=fingerprint), sleep=sleep
         )
@@ -264,6 +268,7 @@ class _Claim:
     key: str
     fencing_token: int
     step_results: dict[str, object]  # grows with each step
+    open_steps: set[str] = field(default_factory=set)
 
     def write(self, name: str, **values: object) -> Queries[None]:
         """
@@ -295,9 +300,16 @@ class _AnyRequest(Generic[C]):
         self._names.add(name)
         results = self._claim.step_results
         if name not in results:
-            results[name] = yield from whole(
-                self._source, lambda connection: self._advanced(connection, name, lambda: work(connection)), sleep=sleep
-            )
+            _require_own_transaction(self._source, self._claim)
+            self._claim.open_steps.add(name)
+            try:
+                results[name] = yield from whole(
+                    self._source,
+                    lambda connection: self._advanced(connection, name, lambda: work(connection)),
+                    sleep=sleep,
+                )
+            finally:
+                self._claim.open_steps.discard(name)
         result: T = results[name]  # type: ignore[assignment]  # of an earlier call with the same name
         return result
 
@@ -306,7 +318,7 @@ class _AnyRequest(Generic[C]):
         written = self._claim.write(
             "advance",
             recovery_point=name,
-            step_results=_to_json(self._claim.step_results | {name: result}),
+            result=_to_json(result),
             takeover_after=timedelta(seconds=self._claim.keys.takeover_after_seconds),
         )
         yield from _executed(connection, written)
@@ -328,6 +340,7 @@ class Request(_AnyRequest[SyncC]):
 
         Raises:
             RequestInFlight: Another one has taken the request over; this step is rolled back.
+            TransactionError: The source is a connection, and another step is at work on it.
             TypeError, ValueError: The result is not JSON, or the name is taken.
         """
         return run_steps(self._step(name, work, sleep=time.sleep))
@@ -352,6 +365,7 @@ def _finished(
     """Answer the request, or leave it for the next one to take over at once."""
 
     def write(name: str, **values: object) -> Steps[None]:
+        _require_own_transaction(source, claim)
         return whole(source, lambda connection: _executed(connection, claim.write(name, **values)), sleep=sleep)
 
     try:
@@ -362,6 +376,20 @@ def _finished(
             yield from write("release")
         raise
     return response
+
+
+def _require_own_transaction(source: AnySource[C], claim: _Claim | None = None) -> None:
+    """
+    Return when the next transaction on *source* is committed by itself.
+
+    Raises:
+        TransactionError: It would be part of another one, perhaps that of a step that runs at the same time.
+    """
+    if isinstance(source, Connection | AsyncConnection) and (not is_idle(source) or (claim and claim.open_steps)):
+        raise TransactionError(
+            "the connection has a transaction open, so a step would not be committed when it ends: end that first, "
+            "and for steps that run at the same time give a pool, or a function that opens connections"
+        )
 
 
 def _stored_response(key: str, wanted: str, *, fingerprint: str, response: str | None, locked_seconds: float) -> str:
@@ -376,9 +404,9 @@ def _stored_response(key: str, wanted: str, *, fingerprint: str, response: str |
 
 
 def _executed(session: Session | AsyncSession, queries: Queries[T]) -> Steps[T]:
-    if isinstance(session, Connection | Cursor):
-        return perform(lambda: execute(session, queries))
-    return perform(lambda: execute_async(session, queries))
+    if isinstance(session, AsyncConnection | AsyncCursor):
+        return perform(lambda: execute_async(session, queries))
+    return perform(lambda: execute(session, queries))
 
 
 def _to_json(value: object) -> str:

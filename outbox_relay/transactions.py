@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import isawaitable
@@ -17,9 +17,9 @@ from uuid import uuid4
 import psycopg
 from psycopg import AsyncConnection, AsyncTransaction, Connection, IsolationLevel, Pipeline, Transaction, errors
 from psycopg.pq import TransactionStatus
-from psycopg.rows import tuple_row
 
 from outbox_relay.errors import CommitOutcomeUnknown, ConnectionReplaced, TransactionError
+from outbox_relay.queries import own_cursor, sync, sync_async
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -254,6 +254,11 @@ def is_in_transaction(connection: AnyConnection) -> bool:
     return connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
 
+def is_idle(connection: AnyConnection) -> bool:
+    """Whether nothing at all is open or on its way on *connection*, or it is closed."""
+    return connection.info.transaction_status in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN)
+
+
 class _NothingCommitted(Exception):
     """An attempt ended without effect, and may be repeated."""
 
@@ -309,7 +314,7 @@ def _nested(connection: C, work: Callable[[C], Steps[T]], *, isolation_level: Is
         yield from _set_isolation_level(connection, isolation_level)
         return (yield from work(connection))
 
-    return (yield from _within(connection.transaction(), inner()))
+    return (yield from within(connection.transaction(), inner()))
 
 
 def _attempt(
@@ -321,6 +326,8 @@ def _attempt(
     sleep: Callable[[float], object],
 ) -> Steps[T]:
     connection: C = yield _opening(source)
+    if not isinstance(connection, Connection | AsyncConnection):
+        raise TypeError(_misfit(connection))
     try:
         ended = yield from _once(connection, work, isolation_level=isolation_level)
     except psycopg.Error as error:
@@ -328,6 +335,7 @@ def _attempt(
             raise _NothingCommitted(error) from error
         raise
     finally:
+        _close_unless_whole(connection)
         yield lambda: _close(source, connection)
     if not isinstance(ended, _LostCommit):
         return ended
@@ -344,22 +352,38 @@ def _once(
     Whatever is raised here was rolled back, or the connection was lost before COMMIT was sent.
     """
     transaction = _transaction(connection)
+    mark = yield from _begin(connection, transaction, isolation_level=isolation_level)
     try:
-        mark = yield from _begin(connection, transaction, isolation_level=isolation_level)
         result = yield from work(connection)
         xid, server = yield from _verify(connection, mark)
     except BaseException as error:
         yield _leave(transaction, error)
+        yield from _drained(connection)
         raise
     # On a connection that is closed by now psycopg skips COMMIT without a word.
     lost: psycopg.Error = psycopg.OperationalError("the connection was closed before COMMIT")
     try:
         yield _leave(transaction)
+        yield from _synced(connection)
     except psycopg.Error as error:
         if not connection.closed:
+            yield from _drained(connection)
             raise  # the server's answer to COMMIT was no
         lost = error
     return _LostCommit(xid, server, result, lost) if connection.closed else result
+
+
+def _synced(connection: AnyConnection) -> Steps[None]:
+    """In a caller's pipeline, wait for the answer to COMMIT or ROLLBACK, which psycopg only puts into the queue."""
+    if not connection.closed:
+        yield lambda: sync(connection) if isinstance(connection, Connection) else sync_async(connection)
+
+
+def _drained(connection: AnyConnection) -> Steps[None]:
+    """In a caller's pipeline that failed, take what is still on its way: an error may stand before the last answer."""
+    for _ in range(2):
+        with suppress(psycopg.Error):
+            yield from _synced(connection)
 
 
 def _transaction(connection: AnyConnection) -> Manager:
@@ -370,8 +394,12 @@ def _transaction(connection: AnyConnection) -> Manager:
 def _begin(
     connection: AnyConnection, transaction: Manager, *, isolation_level: IsolationLevel | None
 ) -> Steps[tuple[str, int]]:
-    """Begin, and leave a mark, in one round trip where libpq can; give the mark and the server process."""
-    cursor = connection.cursor(row_factory=tuple_row)
+    """
+    Begin, and leave a mark, in one round trip where libpq can; give the mark and the server process.
+
+    If it fails or is cancelled in mid-pipeline, nobody knows how much of it was begun: the connection is closed then.
+    """
+    cursor = own_cursor(connection)
     mark = {"mark": uuid4().hex}
 
     def begin() -> Steps[None]:
@@ -379,15 +407,19 @@ def _begin(
         yield from _set_isolation_level(connection, isolation_level)
         yield lambda: cursor.execute(statement("transaction_begin", schema=None), mark)
 
-    yield from _within(connection.pipeline() if Pipeline.is_supported() else nullcontext(), begin())
-    written: tuple[str, int] = yield cursor.fetchone
+    try:
+        yield from within(connection.pipeline() if Pipeline.is_supported() else nullcontext(), begin())
+        written: tuple[str, int] = yield cursor.fetchone
+    except BaseException:
+        connection.pgconn.finish()
+        raise
     return written
 
 
 def _set_isolation_level(connection: AnyConnection, isolation_level: IsolationLevel | None) -> Steps[None]:
     if isolation_level is not None:
         level = isolation_level.name.replace("_", " ")
-        yield lambda: connection.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
+        yield lambda: own_cursor(connection).execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
 
 
 def _verify(connection: AnyConnection, mark: tuple[str, int]) -> Steps[tuple[str | None, Server]]:
@@ -396,7 +428,7 @@ def _verify(connection: AnyConnection, mark: tuple[str, int]) -> Steps[tuple[str
             "a statement failed, its error was caught, and the transaction is rolled back with all that came before: "
             "let the error pass, or put what may fail into `with connection.transaction():`"
         )
-    cursor = connection.cursor(row_factory=tuple_row)
+    cursor = own_cursor(connection)
     yield lambda: cursor.execute(statement("transaction_verify", schema=None))
     found, process_id, xid, *server = yield cursor.fetchone
     if (found, process_id) != mark:
@@ -448,7 +480,7 @@ def _ask(source: AnySource[C], xid: str, server: Server) -> Steps[Outcome]:
         return "undecided"
     parameters = {"xid": xid}
     try:
-        cursor = connection.cursor(row_factory=tuple_row)
+        cursor = own_cursor(connection)
         yield lambda: cursor.execute(statement("transaction_outcome", schema=None), parameters)
         status, *asked = yield cursor.fetchone
         outcome = outcome_of(status, asked=Server(*asked), committed_on=server)
@@ -471,16 +503,55 @@ def _can_reopen(source: AnySource[C]) -> bool:
 def _opening(source: AnySource[C]) -> Step:
     if isinstance(source, Connection | AsyncConnection):
         return lambda: source
-    return source.getconn if isinstance(source, Pool) else source
+    if isinstance(source, Pool):
+        return source.getconn
+    if callable(source):
+        return source
+    raise TypeError(_misfit(source))
+
+
+def _misfit(given: object) -> str:
+    """Say what to give instead of *given*, and let go of what nobody will await."""
+    if isinstance(given, Coroutine):
+        given.close()
+    if isawaitable(given):
+        return "got an asynchronous source of connections: call the function whose name ends in _async, and await it"
+    return (
+        f"got a {type(given).__module__}.{type(given).__qualname__}, not psycopg's connection: give a psycopg "
+        "connection, a psycopg_pool pool, or a function that opens a psycopg connection"
+    )
 
 
 def _close(source: AnySource[C], connection: C) -> object:
     if isinstance(source, Connection | AsyncConnection):
         return None
-    return source.putconn(connection) if isinstance(source, Pool) else connection.close()
+    if isinstance(source, Pool):
+        given = source.putconn(connection)
+        return _carried_out(given) if isawaitable(given) else given
+    return connection.close()
 
 
-def _within(manager: Manager, steps: Steps[T]) -> Steps[T]:
+def _close_unless_whole(connection: AnyConnection) -> None:
+    """Close a connection that was interrupted in a way that leaves a transaction open; this never waits."""
+    if not is_idle(connection):
+        connection.pgconn.finish()
+
+
+async def _carried_out(work: Awaitable[object]) -> None:
+    """Wait until *work* is done, which is soon, even if cancelled: a pool would miss the connection for ever."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled:
+        raise cancelled
+    task.result()
+
+
+def within(manager: Manager, steps: Steps[T]) -> Steps[T]:
     """Do *steps* within *manager*, as a `with` statement would."""
     yield _enter(manager)
     try:

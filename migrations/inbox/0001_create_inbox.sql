@@ -22,6 +22,9 @@ ALTER TABLE inbox_message SET (
 );
 
 -- One row per key, for consumers that deduplicate by sequence number.
+--
+-- A key and its type are as long as an application makes them, and an index takes no more than 2,700 bytes: so it holds
+-- a hash of them, SHA-256 over source, type and key.
 CREATE TABLE inbox_sequence (
     consumer             text NOT NULL,
     source               text NOT NULL,
@@ -29,11 +32,12 @@ CREATE TABLE inbox_sequence (
     partition            integer NOT NULL,
     aggregate_type       text NOT NULL,  -- types may share a topic, and numbers rise per type and id
     key                  text NOT NULL,
+    key_hash             bytea NOT NULL,
     sequence_no          bigint NOT NULL,
     -- What sequence_no was before the last delivery, 0 if there was none: tells the transaction that wrote it which
     -- messages are new.
     previous_sequence_no bigint NOT NULL,
-    CONSTRAINT inbox_sequence_pkey PRIMARY KEY (consumer, source, topic, partition, aggregate_type, key)
+    CONSTRAINT inbox_sequence_pkey PRIMARY KEY (consumer, topic, partition, key_hash)
 ) WITH (fillfactor = 50);  -- room for the next version of each row on its own page
 
 -- Where each partition is to be read from, for consumers that keep their offsets with their effects.

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _LIMITS = {
-    "greater_than": "{input} is not more than {gt}: raise it",
     "greater_than_equal": "{input} is less than {ge}: raise it to {ge} or more",
     "less_than_equal": "{input} is more than {le}: lower it to {le} or less",
     "literal_error": "{input!r} is none of {expected}",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outbox_relay.config.names import did_you_mean, env_name
@@ -36,10 +39,26 @@ _ALIASES = {
     "compression.codec": "compression.type",
     "delivery.timeout.ms": "message.timeout.ms",
     "max.in.flight": "max.in.flight.requests.per.connection",
+    "message.send.max.retries": "retries",
     "metadata.broker.list": "bootstrap.servers",
     "queue.buffering.max.ms": "linger.ms",
     "request.required.acks": "acks",
+    "sasl.mechanisms": "sasl.mechanism",
+    "sasl.oauthbearer.client.credentials.client.id": "sasl.oauthbearer.client.id",
+    "sasl.oauthbearer.client.credentials.client.secret": "sasl.oauthbearer.client.secret",
 }
+
+# What librdkafka's words are about where they name no property.
+_ABOUT = {
+    "SASL mechanism": "sasl.mechanism",
+    "OpenSSL provider": "ssl.providers",
+    "OpenSSL engine": "ssl.engine.location",
+    "dlopen": "plugin.library.paths",
+    "parse pattern": "topic.blacklist",
+}
+
+_CERTIFICATES = frozenset({"https.ca.location", "ssl.ca.location"})  # which may also be a directory, or looked for
+INTEGER = re.compile("-?[0-9]{1,18}")
 
 # Those that librdkafka marks as sensitive, less the user name and a path; the last is Java's, and holds a password.
 SECRETS = frozenset(
@@ -56,8 +75,6 @@ SECRETS = frozenset(
         "sasl.jaas.config",
     }
 )
-
-_TRUE = frozenset({"true", "t", "1"})
 
 
 def holds_secret(name: str) -> bool:
@@ -76,26 +93,15 @@ def is_property(name: str) -> bool:
     return property_name(name) in _known()
 
 
-def refusals(given: Mapping[str, ProducerSetting]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each property that would break a promise of the relay, with the reason and the remedy."""
-    if str(given.get("acks", "all")) not in {"all", "-1"}:
-        yield "acks", "only acks=all is allowed, or a message marked published could be lost with its broker: remove it"
-    if not _is_true(given.get("enable.idempotence", True)):
-        yield "enable.idempotence", "without it, retries reorder and duplicate messages: remove it"
-    if not _is_true(given.get("enable.gapless.guarantee", True)):
-        yield "enable.gapless.guarantee", "without it, a message could overtake one of its key that failed: remove it"
-    if not _is_at_most(given.get("max.in.flight.requests.per.connection", 1), 1):
-        yield (
-            "max.in.flight.requests.per.connection",
-            "a second request in flight may overtake one that the broker refuses: remove it",
-        )
-    if "delivery.report.only.error" in given:
-        yield "delivery.report.only.error", "a message is marked published by its delivery report: remove it"
-    if "transactional.id" in given:
-        yield "transactional.id", "the relay uses no Kafka transactions, delivery is at least once: remove it"
-    for name in given:
-        if name.endswith((".cb", "_cb")) or name in {"logger", "on.delivery"}:
-            yield name, "it takes a function, which the relay sets itself: remove it"
+def kinds() -> Mapping[str, str]:
+    """Return the kind of each producer property: integer, decimal, boolean, choice, file or text."""
+    return _known()
+
+
+def whole_number(config: Mapping[str, ProducerSetting], name: str, *, default: int) -> int:
+    """Return the property *name* as a number: *default* if it is not given, or is none, which the settings refuse."""
+    text = str(config.get(name, default))
+    return int(text) if INTEGER.fullmatch(text) else default
 
 
 def check_producer_config(config: Mapping[str, ProducerSetting]) -> None:
@@ -106,40 +112,69 @@ def check_producer_config(config: Mapping[str, ProducerSetting]) -> None:
         ConfigurationError: A name is unknown, a value is refused, or `bootstrap.servers` is missing.
     """
     # Only this check needs librdkafka; reading the settings does not.
-    from confluent_kafka import KafkaException, Producer  # noqa: PLC0415
+    from confluent_kafka import Producer  # noqa: PLC0415
 
+    unreadable = [f"{env_name(f'kafka.{name}')}: {reason}" for name, reason in _unreadable_files(config)]
+    if unreadable:
+        raise ConfigurationError("\n".join(unreadable))
     offline = {
         name: value for name, value in config.items() if name not in {"bootstrap.servers", "test.mock.num.brokers"}
     }
     try:
-        Producer({**offline, "log_level": 0})
-    except KafkaException as error:
-        raise ConfigurationError(f"Kafka configuration: {error.args[0].str().strip()}{_suggestions(config)}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"Kafka configuration: {error}") from error
+        Producer({**offline, "logger": _unheard()})
+    except Exception as error:  # whatever librdkafka, its wrapper and what they import may raise
+        raise ConfigurationError(_why_refused(error, config)) from error
     if len(offline) == len(config):
         raise ConfigurationError(
             f"{env_name('kafka.bootstrap.servers')}: not set: name at least one broker, e.g. kafka:9092"
         )
 
 
-def _suggestions(config: Mapping[str, ProducerSetting]) -> str:
-    unknown = [name for name in config if name not in _known()]
-    return "".join(did_you_mean(name, known=_known()) for name in unknown)
+def _unheard() -> logging.Logger:
+    logger = logging.getLogger("unheard")
+    logger.addHandler(logging.NullHandler())
+    return logger
 
 
-def _is_true(value: ProducerSetting) -> bool:
-    return str(value).lower() in _TRUE
+def _unreadable_files(config: Mapping[str, ProducerSetting]) -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        path = str(value)
+        if _known().get(name) != "file" or (name in _CERTIFICATES and path == "probe"):
+            continue
+        if path.lstrip().startswith("-----BEGIN"):  # a key, perhaps: it is not shown
+            yield (
+                name,
+                "holds PEM text, and takes the path of a file: write the path, or use the property that ends in .pem",
+            )
+            continue
+        try:
+            if not (name in _CERTIFICATES and Path(path).is_dir()):
+                Path(path).open("rb").close()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            yield name, f"{path!r} cannot be read: {why}: correct the path, or let this user read the file"
 
 
-def _is_at_most(value: ProducerSetting, limit: int) -> bool:
-    try:
-        return float(value) <= limit
-    except ValueError:
-        return True  # librdkafka says what is wrong with it
+def _why_refused(error: Exception, config: Mapping[str, ProducerSetting]) -> str:
+    """Return the words of *error* in one line, behind the variable of the property that they are about."""
+    text = str(error.args[0].str() if type(error).__name__ == "KafkaException" else error)
+    words = " ".join(text.removeprefix("Failed to create producer: ").split())
+    unknown = [name for name in config if name not in _known() and name in words]
+    suggestions = "".join(did_you_mean(name, known=_known()) for name in unknown)
+    return f"{env_name(f'kafka.{_culprit(words, config)}').removesuffix('__')}: {words}{suggestions}"
+
+
+def _culprit(words: str, config: Mapping[str, ProducerSetting]) -> str:
+    """Return the property that librdkafka's *words* name first, or are known to be about, or nothing."""
+    names = sorted({*_known(), *config} - {"debug", "retries"}, key=len, reverse=True)
+    pattern = "|".join(rf"(?<![\w.]){re.escape(name)}(?![\w.])" for name in [*names, '"debug"', "`retries`"] if name)
+    named = re.search(pattern, words)
+    if named:
+        return property_name(named[0].strip('`"'))
+    return next((name for hint, name in _ABOUT.items() if hint in words), "")
 
 
 @cache
-def _known() -> frozenset[str]:
+def _known() -> Mapping[str, str]:
     text = resources.files("outbox_relay.config").joinpath("producer_properties.txt").read_text(encoding="ascii")
-    return frozenset(text.split())
+    return dict(line.split() for line in text.splitlines())

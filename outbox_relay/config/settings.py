@@ -14,8 +14,9 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from outbox_relay.config import kafka
 from outbox_relay.config.durations import MOST_SECONDS, duration_seconds
-from outbox_relay.config.kafka import ProducerSetting  # noqa: TC001 -- pydantic reads the annotations
+from outbox_relay.config.kafka import ProducerSetting, whole_number
 from outbox_relay.config.names import PREFIX, env_name
+from outbox_relay.config.refusals import DEFAULT_MESSAGE_BYTES, NO_TEXT, is_text, needed_kbytes, refusals
 from outbox_relay.relay.canary import AGGREGATE_TYPE as CANARY_TYPE
 from outbox_relay.relay.failpoints import parse_failpoints
 from outbox_relay.relay.message import is_topic_name
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
+_DEFAULT_BATCH_MESSAGES = 10_000
+_MOST_WAIT_SECONDS = 2_147_483
 _MESSAGE_TIMEOUT = "kafka.message.timeout.ms"
 
 _TIMES: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
@@ -88,7 +91,9 @@ def _from_json(value: object) -> object:
 
 
 Topic = Annotated[str, AfterValidator(_topic)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# PostgreSQL takes milliseconds of 32 bits, and 0 of them as no limit at all.
+Seconds = Annotated[float, Field(ge=0.001, le=_MOST_WAIT_SECONDS, allow_inf_nan=False)]
+SecondsOrNever = Annotated[float, Field(ge=0, le=_MOST_WAIT_SECONDS, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -118,8 +123,8 @@ class Settings(BaseSettings):
     relay refuses to start."""
 
     kafka: Annotated[dict[str, ProducerSetting], Field(repr=False)] = {}
-    """librdkafka properties: `OUTBOX_RELAY_KAFKA__LINGER_MS=5`, or in TOML `[kafka]` with `"linger.ms" = 5`. Only
-    `bootstrap.servers` is needed."""
+    """librdkafka properties: `OUTBOX_RELAY_KAFKA__COMPRESSION_TYPE=zstd`, or in TOML `[kafka]` with
+    `"compression.type" = "zstd"`. Only `bootstrap.servers` is needed."""
 
     topic_template: Annotated[str, AfterValidator(_topic_template)] = "{aggregate_type}.events"
     """Topic of a message; `{aggregate_type}` is filled in. Changed on a running system: consumers must read the old and
@@ -148,11 +153,11 @@ class Settings(BaseSettings):
     batch_size: Annotated[int, Field(ge=1, le=100_000)] = 5_000
     """Messages that a lane reads at once. More: more memory. Fewer: less throughput."""
 
-    batch_bytes: Annotated[ByteSize, Field(ge=1_024)] = ByteSize(8 * 1024 * 1024)
+    batch_bytes: Annotated[ByteSize, Field(ge=1_024, le=2**30)] = ByteSize(8 * 1024 * 1024)
     """Bytes that a lane reads at once, such as `8MiB`; one message of each shard is always read. More: more memory.
     Fewer: less throughput."""
 
-    poll_interval: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] = 0.002
+    poll_interval: Seconds = 0.002
     """Seconds between polls while messages arrive. More: later delivery. Less: more processor time and round trips."""
 
     idle_poll_interval: Seconds = 0.1
@@ -182,8 +187,9 @@ class Settings(BaseSettings):
     More: the shards of a frozen relay are free later."""
 
     lock_timeout: Seconds = 2.0
-    """Seconds to wait for a lock in PostgreSQL. More: an `ALTER TABLE` delays the relay, and what queues behind it, for
-    longer. Less: more claims tried again."""
+    """Seconds that lanes, pruning, reconciling and replays wait for a lock in PostgreSQL; `migrate`, `parked`, the
+    survey and the canary have limits of their own. More: an `ALTER TABLE` delays the relay, and what queues behind it,
+    for longer. Less: more claims tried again."""
 
     statement_timeout: Seconds = 30.0
     """Seconds that one statement may take. More: a hanging one is noticed later. Less: a large batch on a slow disk
@@ -203,15 +209,15 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     """Least level that is logged. `debug` writes a line per batch and slows the relay down."""
 
-    survey_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 15.0
+    survey_interval: SecondsOrNever = 15.0
     """Seconds between looks at backlog, tables and transactions for the metrics. More: older figures. Less: more work
     for PostgreSQL. 0, or no port for metrics: none."""
 
-    ready_max_age: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    ready_max_age: SecondsOrNever = 60.0
     """Seconds after which a message that waits and does not move makes `/readyz` red. Less: a slow moment looks like a
     standstill. More: a standstill shows later. 0, or no survey: never."""
 
-    canary_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    canary_interval: SecondsOrNever = 0.0
     """Seconds between canaries, messages of the aggregate type `outbox-relay-canary` that measure the way to Kafka and
     back; the login needs the role `outbox_writer` too. More: a fault shows later. Less: more such messages. 0: none."""
 
@@ -253,6 +259,14 @@ class Settings(BaseSettings):
         """Read nothing but the arguments; `load` remembers where each of them is from."""
         return (init_settings,)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, given: object) -> object:
+        text = given.get_secret_value() if isinstance(given, SecretStr) else given
+        if isinstance(text, str) and not is_text(text):
+            raise ValueError(NO_TEXT)
+        return given
+
     @field_validator("kafka")
     @classmethod
     def _name_properties(cls, given: dict[str, ProducerSetting]) -> dict[str, ProducerSetting]:
@@ -267,9 +281,13 @@ class Settings(BaseSettings):
 
     def producer_config(self) -> dict[str, ProducerSetting]:
         """Return the librdkafka configuration: our defaults, then what was given; it holds secrets in the clear."""
-        # Room for the batch in flight and the next one, instead of librdkafka's 1 GiB.
-        queue = {"queue.buffering.max.kbytes": max(2 * self.batch_bytes // 1024, 2_048)}
-        return {**kafka.DEFAULTS, **queue, **self.kafka}
+        # Room for the batch in flight and the next one, or for the largest message, instead of librdkafka's 1 GiB.
+        message_bytes = whole_number(self.kafka, "message.max.bytes", default=DEFAULT_MESSAGE_BYTES)
+        sizes: dict[str, ProducerSetting] = {
+            "queue.buffering.max.kbytes": needed_kbytes(2 * max(self.batch_bytes, message_bytes)),
+            "batch.num.messages": max(self.batch_size, _DEFAULT_BATCH_MESSAGES),
+        }
+        return {**kafka.DEFAULTS, **sizes, **self.kafka}
 
     def secrets(self) -> frozenset[str]:
         """Return the values that must appear nowhere."""
@@ -280,7 +298,7 @@ class Settings(BaseSettings):
         return frozenset(str(value) for value in values if value)
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        for name, reason in kafka.refusals(self.kafka):
+        for name, reason in refusals(self.producer_config(), batch_size=self.batch_size):
             yield f"kafka.{name}", reason
         yield from self._time_problems()
         yield from self._canary_problems()
@@ -301,12 +319,11 @@ class Settings(BaseSettings):
             yield "canary_interval", f"canaries go to {topic}: add it to {env_name('allowed_topics')}"
 
     def _time_problems(self) -> Iterator[tuple[str, str]]:
-        message_timeout = self.producer_config()[_MESSAGE_TIMEOUT.removeprefix("kafka.")]
-        try:
-            seconds = self.model_dump() | {_MESSAGE_TIMEOUT: float(message_timeout) / 1000}
-        except ValueError:
-            yield _MESSAGE_TIMEOUT, "not a number of milliseconds: write a number such as 25000"
-            return
+        name = _MESSAGE_TIMEOUT.removeprefix("kafka.")
+        default = whole_number(kafka.DEFAULTS, name, default=0)
+        seconds = self.model_dump() | {
+            _MESSAGE_TIMEOUT: whole_number(self.producer_config(), name, default=default) / 1000
+        }
         for shorter, longer, is_allowed in _TIMES:
             if not is_allowed(seconds[shorter], seconds[longer]):
                 problem = f"{seconds[longer]:g} s is too short beside {env_name(shorter)} of {seconds[shorter]:g} s"

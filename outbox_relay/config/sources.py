@@ -114,7 +114,8 @@ def _parse(variables: Mapping[str, str]) -> dict[str, object]:
         values: dict[str, object] = source()
     except SettingsError:
         raise ConfigurationError(
-            f"{env_name('kafka')}: not JSON: set single properties instead, e.g. {env_name('kafka.linger.ms')}=5"
+            f"{env_name('kafka')}: not JSON: set single properties instead, "
+            f"e.g. {env_name('kafka.compression.type')}=zstd"
         ) from None
     return values | {name.removeprefix(PREFIX).lower(): value for name, value in variables.items() if _is_unknown(name)}
 

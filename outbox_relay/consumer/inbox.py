@@ -6,14 +6,22 @@ import json
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast, get_args
 from uuid import uuid5
 
-from psycopg import AsyncConnection, Connection
 from psycopg.pq import TransactionStatus
 
 from outbox_relay.errors import TransactionError
-from outbox_relay.queries import Query, execute, execute_async
+from outbox_relay.queries import (
+    Query,
+    async_connection_of,
+    connection_of,
+    execute,
+    execute_async,
+    require_open,
+    savepoint,
+    savepoint_async,
+)
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from typing import Any
     from uuid import UUID
+
+    from psycopg import AsyncConnection, Connection
 
     from outbox_relay.consumer.message import Message
     from outbox_relay.queries import AsyncSession, Queries, Session
@@ -57,9 +67,14 @@ class Accepting(ABC):
         consumer: Who consumes. Several consumers share a table and do not see each other's rows.
         schema: Where the tables are; None leaves it to search_path.
         replays: Whether a replayed message is a duplicate of the first delivery, or has its effects once more.
+
+    Raises:
+        ValueError: *replays* is neither of the two.
     """
 
     def __init__(self, consumer: str, *, schema: str | None = None, replays: Replays = "ignore") -> None:
+        if replays not in get_args(Replays):
+            raise ValueError(f'replays is {replays!r}: give "ignore" or "apply"')
         self.consumer = consumer
         self.schema = schema
         self.replays = replays
@@ -117,18 +132,19 @@ class Inbox(Accepting):
 
         A block that raises leaves neither the record nor its effects behind, even if the transaction goes on: it is a
         savepoint, and so three round trips.
+
+        Raises:
+            NoTransaction: No transaction is open, and the end of the block would not commit one.
         """
-        connection = session if isinstance(session, Connection) else session.connection
-        execute(session, _begin(connection))
-        with connection.transaction():
+        require_open(connection_of(session))
+        with savepoint(session):
             yield self.accept(session, message)
 
     @asynccontextmanager
     async def once_async(self, session: AsyncSession, message: Message) -> AsyncIterator[bool]:
         """Do what `once` does."""
-        connection = session if isinstance(session, AsyncConnection) else session.connection
-        await execute_async(session, _begin(connection))
-        async with connection.transaction():
+        require_open(async_connection_of(session))
+        async with savepoint_async(session):
             yield await self.accept_async(session, message)
 
     def process(self, session: S, message: Message, handler: Callable[[S, Message], R]) -> R:
@@ -136,22 +152,24 @@ class Inbox(Accepting):
         Give the result of *handler*, which runs for the first delivery only and whose result later ones get.
 
         It is stored as JSON with the record, and comes as JSON gives it back every time: a tuple as a list. It is None
-        if the first delivery was recorded without a result.
+        if the first delivery was recorded without a result. A handler that raises leaves neither the record nor its
+        effects behind, even if the transaction goes on: all of it is in a savepoint.
 
         Raises:
-            TypeError, ValueError: The result is no JSON. Like an error of the handler it leaves the record in place:
-                let it end the transaction.
+            TypeError, ValueError: The result is no JSON. Nothing of the handler is left behind either.
         """
-        if self.accept(session, message):
-            return cast("R", execute(session, self._store(message, handler(session, message))))
-        return cast("R", execute(session, self._stored(message)))
+        with savepoint(session):
+            if self.accept(session, message):
+                return cast("R", execute(session, self._store(message, handler(session, message))))
+            return cast("R", execute(session, self._stored(message)))
 
     async def process_async(self, session: A, message: Message, handler: Callable[[A, Message], Awaitable[R]]) -> R:
         """Do what `process` does."""
-        if await self.accept_async(session, message):
-            result = await handler(session, message)
-            return cast("R", await execute_async(session, self._store(message, result)))
-        return cast("R", await execute_async(session, self._stored(message)))
+        async with savepoint_async(session):
+            if await self.accept_async(session, message):
+                result = await handler(session, message)
+                return cast("R", await execute_async(session, self._store(message, result)))
+            return cast("R", await execute_async(session, self._stored(message)))
 
     def prune(self, session: Session, *, older_than: timedelta, limit: int = 10_000) -> int:
         """
@@ -176,7 +194,7 @@ class Inbox(Accepting):
         Raises:
             TransactionError: A transaction is open, and would hold all of them.
         """
-        _require_idle(connection)
+        _require_idle(connection_of(connection))
         total = 0
         while True:
             with connection.transaction():
@@ -189,7 +207,7 @@ class Inbox(Accepting):
         self, connection: AsyncConnection[Any], *, older_than: timedelta, limit: int = 10_000
     ) -> int:
         """Do what `prune_all` does."""
-        _require_idle(connection)
+        _require_idle(async_connection_of(connection))
         total = 0
         while True:
             async with connection.transaction():
@@ -249,12 +267,6 @@ def record(messages: Sequence[Message], *, consumer: str, schema: str | None, re
     }
     rows = yield Query(statement("inbox_record", schema=schema), parameters)
     return {message_id for (message_id,) in rows}
-
-
-def _begin(connection: Connection[Any] | AsyncConnection[Any]) -> Queries[None]:
-    """Open the transaction if this is its beginning: the driver would commit at the end of an outermost block."""
-    if connection.info.transaction_status is TransactionStatus.IDLE:
-        yield Query(b"SELECT", has_rows=False)
 
 
 def _require_idle(connection: Connection[Any] | AsyncConnection[Any]) -> None:

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaError, KafkaException
@@ -20,7 +21,7 @@ from outbox_relay.relay.failures import NO_REPORT, WITHDRAWN, Failure, Outcome, 
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from confluent_kafka import Message as DeliveredMessage
     from confluent_kafka.admin import ClusterMetadata
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 ProducerSetting = str | int | float | bool
 
+_ANY_PARTITION = -1  # the partitioner chooses
 _ALONE_SECONDS = 60.0
 _METADATA_SECONDS = 5.0
 _PURGE_SECONDS = 2.0
@@ -42,6 +44,7 @@ _WRONG_TIME = "INVALID_TIMESTAMP"
 _DEFAULT_MESSAGE_BYTES = 1_000_000
 _DEFAULT_REFRESH_MS = 300_000
 _ERRORS_KEPT = 100
+_TOPIC = attrgetter("topic")
 _SINGLY: dict[str, ProducerSetting] = {"enable.gapless.guarantee": False, "linger.ms": 0, "batch.num.messages": 1}
 
 
@@ -138,18 +141,14 @@ class Publisher:
             KafkaUnavailable: No broker tells whether a topic that is new to us exists; nothing was sent.
         """
         timeout = min(_METADATA_SECONDS, max(0.0, deadline - time.monotonic()))
-        missing = self.unavailable({record.topic for record in records}, timeout=timeout)
-        outcomes: list[Outcome] = [missing.get(record.topic, WITHDRAWN) for record in records]
+        topics = set(map(_TOPIC, records))
+        missing = self.unavailable(topics, timeout=timeout)
         now = time.monotonic()
         alone = {topic for topic, until in self._alone_until.items() if until > now} | self._unproven
-        together: Sequence[int] = range(len(records))
-        if alone or missing:
-            sendable = [index for index in together if records[index].topic not in missing]
-            together = [index for index in sendable if records[index].topic not in alone]
-            singly = [index for index in sendable if records[index].topic in alone]
-            self._send_singly(records, singly, outcomes, deadline=deadline)
-            self._unproven -= {records[index].topic for index in singly if outcomes[index] is None}
-        was_refused = self._together.send(records, together, outcomes, deadline=deadline)
+        if missing or not alone.isdisjoint(topics):
+            outcomes, was_refused = self._send_apart(records, missing=missing, alone=alone, deadline=deadline)
+        else:
+            outcomes, was_refused = self._together.send(records, deadline=deadline)
         if was_refused:
             self._send_alone_from_now_on(records, outcomes)
         if outcomes.count(None) < len(outcomes):
@@ -160,6 +159,21 @@ class Publisher:
                 self._singly.drop()  # it refuses by itself what a broker refused once, for minutes
         return outcomes
 
+    def _send_apart(
+        self, records: Sequence[Record], *, missing: Mapping[str, Failure], alone: Collection[str], deadline: float
+    ) -> tuple[list[Outcome], bool]:
+        """Send nothing to the topics in *missing* and one message at a time to those in *alone*, the rest as usual."""
+        outcomes: list[Outcome] = [missing.get(record.topic, WITHDRAWN) for record in records]
+        sendable = [index for index, record in enumerate(records) if record.topic not in missing]
+        singly = [index for index in sendable if records[index].topic in alone]
+        self._send_singly(records, singly, outcomes, deadline=deadline)
+        self._unproven -= {records[index].topic for index in singly if outcomes[index] is None}
+        together = [index for index in sendable if records[index].topic not in alone]
+        sent, was_refused = self._together.send([records[index] for index in together], deadline=deadline)
+        for index, outcome in zip(together, sent, strict=True):
+            outcomes[index] = outcome
+        return outcomes, was_refused
+
     def _send_singly(
         self, records: Sequence[Record], indexes: Sequence[int], outcomes: list[Outcome], *, deadline: float
     ) -> None:
@@ -168,7 +182,10 @@ class Publisher:
         for index in indexes:
             queues[records[index].topic, records[index].key].append(index)
         while queues and time.monotonic() < deadline:
-            self._singly.send(records, [queue[0] for queue in queues.values()], outcomes, deadline=deadline)
+            heads = [queue[0] for queue in queues.values()]
+            sent, _ = self._singly.send([records[index] for index in heads], deadline=deadline)
+            for index, outcome in zip(heads, sent, strict=True):
+                outcomes[index] = outcome
             queues = {key: queue for key, queue in queues.items() if outcomes[queue.popleft()] is None and queue}
 
     def _send_alone_from_now_on(self, records: Sequence[Record], outcomes: Sequence[Outcome]) -> None:
@@ -206,6 +223,7 @@ class _Sender:
         self._config: Mapping[str, ProducerSetting] = {}
         self._errors: deque[KafkaError] = deque(maxlen=_ERRORS_KEPT)
         self._producer: Producer | None = None
+        self._reports = _Reports(failpoints)
         self.producers_built = 0
 
     @property
@@ -240,26 +258,25 @@ class _Sender:
         cause = find_refusal(errors) or (telling or errors)[0]
         return KafkaUnavailable(f"no broker answered within {timeout:g} s: {cause.str()}")
 
-    def send(
-        self, records: Sequence[Record], indexes: Sequence[int], outcomes: list[Outcome], *, deadline: float
-    ) -> bool:
-        """Send the records at *indexes*, write what became of each into *outcomes*; True if a batch was refused."""
-        if not indexes:
-            return False
+    def send(self, records: Sequence[Record], *, deadline: float) -> tuple[list[Outcome], bool]:
+        """Send *records*; return what became of each, and whether a batch was refused."""
+        if not records:
+            return [], False
         producer = self._open()
+        reports = self._reports
         self._errors.clear()
-        errors: dict[int, KafkaError] = {}
-        self._hand_over(producer, records, indexes, outcomes, errors, deadline=deadline)
+        reports.expect(len(records))
+        self._hand_over(producer, records, reports, deadline=deadline)
         self._failpoints.reach("after_produce")
         interruption = self._await_reports(producer, deadline=deadline)
-        for index, error in errors.items():
-            outcomes[index] = self._failure_reported(error)
+        outcomes = reports.outcomes.copy()
         if interruption is None and outcomes.count(None) == len(outcomes):
-            return False  # as nearly always: no need to look at each
+            return outcomes, False  # as nearly always: no need to look at each
         if interruption is not None:
             self.drop()  # it has failed, or what was purged in flight has left a gap, which makes it fail
-        for index in indexes:
-            outcome = outcomes[index]
+        for index, error in reports.errors.items():
+            outcomes[index] = self._failure_reported(error)
+        for index, outcome in enumerate(outcomes):
             if outcome is None:
                 continue
             if interruption is not None and (outcome is NO_REPORT or outcome.code in _WITHDRAWING_CODES):
@@ -268,37 +285,23 @@ class _Sender:
                 outcomes[index] = replace(outcome, reason=self._why_too_large(records[index]))
             elif outcome.code == _WRONG_TIME:
                 outcomes[index] = replace(outcome, reason=_why_wrong_time(records[index]))
-        return interruption is WITHDRAWN
+        return outcomes, interruption is WITHDRAWN
 
-    def _hand_over(
-        self,
-        producer: Producer,
-        records: Sequence[Record],
-        indexes: Sequence[int],
-        outcomes: list[Outcome],
-        errors: dict[int, KafkaError],
-        *,
-        deadline: float,
-    ) -> None:
+    def _hand_over(self, producer: Producer, records: Sequence[Record], reports: _Reports, *, deadline: float) -> None:
         """Give the records to librdkafka's queue, in order; stop at the deadline or a full queue."""
-        produce, now = producer.produce, time.monotonic
-        take_report = self._failpoints.after(_take_report, point="after_report")
+        produce, outcomes, now = producer.produce, reports.outcomes, time.monotonic
         stopped_keys: set[tuple[str, str]] = set()
-        for index in indexes:
-            topic, key, value, headers, timestamp_ms = records[index]
-            if now() >= deadline:
+        for index, ((topic, key, value, headers, timestamp_ms), take) in enumerate(
+            zip(records, reports.takers, strict=False)
+        ):
+            if now() >= deadline:  # asked each time: a process that was frozen meanwhile must send nothing more
                 break
             if stopped_keys and (topic, key) in stopped_keys:
                 continue
             try:
-                produce(
-                    topic,
-                    value,
-                    key,
-                    on_delivery=partial(take_report, outcomes, errors, index),
-                    timestamp=timestamp_ms,
-                    headers=headers,
-                )
+                # By position, which takes a third less time: topic, value, key, partition, the callback by its old name
+                # and by its new one, timestamp, headers.
+                produce(topic, value, key, _ANY_PARTITION, take, take, timestamp_ms, headers)
             except BufferError:
                 break
             except KafkaException as error:
@@ -363,12 +366,39 @@ class _Sender:
 
     def _build(self) -> Producer:
         """Make a producer of the configuration as it is now, certificates included."""
+        self._reports = _Reports(self._failpoints)  # what the last producer may still report is not for this one
         try:
             self._config = {**self._read_config(), **(_SINGLY if self._is_single else {})}
             own: dict[str, object] = {"error_cb": self._errors.append}
             return Producer({**self._config, **own, **({"logger": self._logger} if self._logger else {})})
         except (ConfigurationError, KafkaException) as error:
             raise KafkaUnavailable(f"no producer can be made: {error}") from error
+
+
+class _Reports:
+    """
+    What a producer reports of the records of a batch, by their positions.
+
+    A callback is made once for each position, not for each message.
+
+    Attributes:
+        outcomes: Until its report comes, a record that was handed over has `NO_REPORT`, and any other `WITHDRAWN`.
+        errors: What was reported of those that failed.
+        takers: The callbacks, at least one for each record.
+    """
+
+    def __init__(self, failpoints: Failpoints) -> None:
+        self.outcomes: list[Outcome] = []
+        self.errors: dict[int, KafkaError] = {}
+        self.takers: list[Callable[[KafkaError | None, DeliveredMessage], None]] = []
+        self._take = failpoints.after(_take_report, point="after_report")
+
+    def expect(self, records: int) -> None:
+        """Begin a batch of so many *records*. The reports of the one before are all in."""
+        self.outcomes[:] = [WITHDRAWN] * records
+        self.errors.clear()
+        for index in range(len(self.takers), records):
+            self.takers.append(partial(self._take, self.outcomes, self.errors, index))
 
 
 def _take_report(

@@ -5,7 +5,15 @@ from __future__ import annotations
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from outbox_relay.queries import Queries, Query, execute, execute_async
+from outbox_relay.queries import (
+    Queries,
+    Query,
+    async_connection_of,
+    connection_of,
+    execute,
+    execute_async,
+    require_block,
+)
 from outbox_relay.sql import statement
 from outbox_relay.writer.rows import MAX_MESSAGE_BYTES, Pending, columns, encode
 
@@ -71,7 +79,11 @@ class Outbox:
         Numbers are drawn when every row that the block changes is locked, and others wait for them no longer than
         the COMMIT takes. If the block raises, nothing is inserted. If a transaction is open already, the block is a
         savepoint in it: messages are inserted when the block ends, and the transaction stays open.
+
+        Raises:
+            TransactionError: An earlier statement has begun a transaction, and no block around this one will commit it.
         """
+        require_block(connection_of(connection))
         with connection.transaction():
             pending = Pending(max_message_bytes=self._max_message_bytes)
             yield pending
@@ -80,6 +92,7 @@ class Outbox:
     @asynccontextmanager
     async def transaction_async(self, connection: AsyncConnection[object]) -> AsyncIterator[Pending]:
         """Do what `transaction` does, on an asynchronous connection; writing to the block needs no await."""
+        require_block(async_connection_of(connection))
         async with connection.transaction():
             pending = Pending(max_message_bytes=self._max_message_bytes)
             yield pending

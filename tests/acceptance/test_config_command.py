@@ -34,7 +34,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.outside("it reads files of the test")
 def test_show_names_the_source_of_every_value(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
-    file.write_text('on_poison = "skip"\n[kafka]\n"linger.ms" = 7\n')
+    file.write_text('on_poison = "skip"\n[kafka]\n"linger.ms" = 7000\n')
     (tmp_path / "dsn").write_text(f"postgresql://u:{SECRET}@h/d\n")
 
     shown = run(
@@ -54,7 +54,7 @@ def test_show_names_the_source_of_every_value(tmp_path: Path) -> None:
         "OUTBOX_RELAY_ON_POISON": {"value": "skip", "source": "TOML file"},
         "OUTBOX_RELAY_SYNCHRONOUS_COMMIT": {"value": True, "source": "flag"},
         "OUTBOX_RELAY_KAFKA__BOOTSTRAP_SERVERS": {"value": "127.0.0.1:1", "source": "environment"},
-        "OUTBOX_RELAY_KAFKA__LINGER_MS": {"value": 7, "source": "TOML file"},
+        "OUTBOX_RELAY_KAFKA__LINGER_MS": {"value": 7000, "source": "TOML file"},
         "OUTBOX_RELAY_KAFKA__SASL_PASSWORD": {"value": "********", "source": "environment"},
     }
 
@@ -74,7 +74,7 @@ def test_show_prints_the_settings_even_when_librdkafka_refuses_them() -> None:
     assert shown.returncode == 3
     assert json.loads(shown.stdout)["OUTBOX_RELAY_KAFKA__SASL_PASWORD"]["value"] == "********"
     assert shown.stderr == (
-        'outbox-relay: Kafka configuration: No such configuration property: "sasl.pasword"; '
+        'outbox-relay: OUTBOX_RELAY_KAFKA__SASL_PASWORD: No such configuration property: "sasl.pasword"; '
         "did you mean sasl.password?\n"
     )
 

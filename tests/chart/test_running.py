@@ -44,7 +44,7 @@ OTHER_SETTINGS: dict[str, object] = {
 PROPERTIES: dict[str, object] = {
     "bootstrap.servers": "kafka-1:9092,kafka-2:9092",
     "message.max.bytes": 20_000_000,
-    "linger.ms": 0.5,
+    "linger.ms": 1500.5,
     "socket.nagle.disable": False,
 }
 

@@ -31,7 +31,7 @@ from tests.fixtures.load import (
     payload_of,
 )
 from tests.fixtures.outbox import message
-from tests.fixtures.pipeline import flaws
+from tests.fixtures.pipeline import flaws, short_times
 from tests.fixtures.waiting import eventually
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ RECONCILING_SECONDS = 20
 
 
 def another_relay_is_about_to_publish_the_first_message(pipeline: Pipeline, start: Start) -> History:
-    """And stands still; what comes behind that message is there for the taking."""
+    """And stands still, until PostgreSQL ends its transaction. What is not locked is there for the taking."""
     owner = pipeline.database.dsn  # who may lock rows
-    failpoint = {"failpoints": "after_read=stop@1", "allow_failpoints": "true"}
+    failpoint = {"failpoints": "after_read=stop@1", "allow_failpoints": "true", **short_times(publish_deadline=13)}
     with pipeline.database.connect() as writer:
         writes = commit_messages(writer, "order-1", "order-1")
         with start(lanes=1, batch_size=1, database_url=owner, **failpoint) as slow:
@@ -93,7 +93,7 @@ def a_batch_is_refused_as_a_whole(pipeline: Pipeline, start: Start) -> History:
     admin.incremental_alter_configs([resource])[resource].result(REQUEST_SECONDS)
     with pipeline.database.connect() as writer:
         writes = commit_messages(writer, *["order-1"] * 30)
-        with start(lanes=1, kafka__linger_ms=200, kafka__compression_type="none"):
+        with start(lanes=1, kafka__compression_type="none"):
             pipeline.await_settled()
     return pipeline.history(writes)
 

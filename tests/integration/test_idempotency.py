@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 from psycopg import AsyncConnection, Connection, IsolationLevel
 
-from outbox_relay.errors import NoTransaction, RequestInFlight, RequestMismatch, SchemaMismatch
+from outbox_relay.errors import NoTransaction, RequestInFlight, RequestMismatch, SchemaMismatch, TransactionError
 from outbox_relay.idempotency import AsyncRequest, IdempotencyKeys, Request, fingerprint_of
 from outbox_relay.transactions import transact
 from tests.fixtures.waiting import eventually
@@ -106,6 +108,33 @@ def test_request_that_failed_is_answered_by_the_next(connect: Connect, admin: Co
         transact(connect, lambda connection: KEYS.answer(connection, "k", fail, fingerprint=FIRST))
     transact(connect, lambda connection: KEYS.answer(connection, "k", charge, fingerprint=FIRST))
     assert charges(admin) == ["only"]
+
+
+def test_work_whose_error_is_caught_leaves_nothing_in_a_transaction_that_goes_on(
+    connect: Connect, admin: Connection[TupleRow]
+) -> None:
+    def fail(connection: Connection[TupleRow]) -> None:
+        charge(connection, "half")
+        raise KeyError("no such card")
+
+    with connect() as connection:
+        with pytest.raises(KeyError):
+            KEYS.answer(connection, "k", fail, fingerprint=FIRST)
+        charge(connection, "after")
+        connection.commit()
+    assert charges(admin) == ["after"]
+    transact(connect, lambda connection: KEYS.answer(connection, "k", charge, fingerprint=FIRST))
+    assert charges(admin) == ["after", "only"]
+
+
+def test_response_that_is_no_json_leaves_nothing_in_a_transaction_that_goes_on(
+    connect: Connect, admin: Connection[TupleRow]
+) -> None:
+    with connect() as connection:
+        with pytest.raises(TypeError):
+            KEYS.answer(connection, "k", lambda inner: {charge(inner)["id"]: object()}, fingerprint=FIRST)
+        connection.commit()
+    assert (charges(admin), admin.execute("SELECT FROM idempotency_key").fetchall()) == ([], [])
 
 
 def test_request_is_told_of_a_twin_that_is_at_work_for_too_long(connect: Connect) -> None:
@@ -314,6 +343,78 @@ def test_request_that_raised_may_be_taken_over_at_once(connect: Connect, admin: 
         KEYS.answer_in_steps(connect, "k", fail, fingerprint=FIRST)
     assert KEYS.answer_in_steps(connect, "k", two_steps(), fingerprint=FIRST) == {"reserve": 1, "capture": 2}
     assert charges(admin) == ["reserve", "capture"]
+
+
+@pytest.mark.every_postgres
+@pytest.mark.parametrize("isolation_level", [None, IsolationLevel.SERIALIZABLE])
+def test_steps_side_by_side_are_all_remembered(
+    connect: Connect, admin: Connection[TupleRow], isolation_level: IsolationLevel | None
+) -> None:
+    names = ["reserve", "capture", "post"]
+    together = threading.Barrier(len(names), timeout=60)
+
+    def connect_at_level() -> Connection[TupleRow]:
+        connection = connect()
+        connection.isolation_level = isolation_level
+        return connection
+
+    def side_by_side(request: Request[Connection[TupleRow]], *, crash: bool = False) -> dict[str, object]:
+        def step(name: str) -> object:
+            def work(connection: Connection[TupleRow]) -> object:
+                result = charge(connection, name)
+                with suppress(threading.BrokenBarrierError):
+                    together.wait()
+                return result["lines"]
+
+            return request.step(name, work)
+
+        with ThreadPoolExecutor(len(names)) as threads:
+            results = list(threads.map(step, names))
+        together.abort()
+        if crash:
+            raise Crash
+        return dict(zip(names, results, strict=True))
+
+    with pytest.raises(Crash):
+        KEYS.answer_in_steps(connect_at_level, "k", partial(side_by_side, crash=True), fingerprint=FIRST)
+    pass_time(admin, 61)
+    response = KEYS.answer_in_steps(connect_at_level, "k", side_by_side, fingerprint=FIRST)
+    assert response == {name: ["ä", 1.0] for name in names}
+    assert sorted(charges(admin)) == sorted(names)
+
+
+def test_steps_at_the_same_time_on_one_connection_are_refused(connect: Connect, admin: Connection[TupleRow]) -> None:
+    def nested(request: Request[Connection[TupleRow]]) -> None:
+        request.step("outer", lambda _: request.step("inner", charge))
+
+    with connect() as connection, pytest.raises(TransactionError, match="give a pool"):
+        KEYS.answer_in_steps(connection, "k", nested, fingerprint=FIRST)
+    assert charges(admin) == []
+
+
+def test_tasks_that_make_steps_on_one_connection_are_refused(
+    inbox_database: Database, admin: Connection[TupleRow]
+) -> None:
+    async def charge_async(connection: AsyncConnection[TupleRow]) -> None:
+        await connection.execute("INSERT INTO charge (step) VALUES ('only')")
+
+    async def side_by_side(request: AsyncRequest[AsyncConnection[TupleRow]]) -> None:
+        await asyncio.gather(request.step("reserve", charge_async), request.step("capture", charge_async))
+
+    async def main() -> None:
+        async with await AsyncConnection.connect(inbox_database.dsn) as connection:
+            await KEYS.answer_in_steps_async(connection, "k", side_by_side, fingerprint=FIRST)
+
+    with pytest.raises(TransactionError, match="give a pool"):
+        asyncio.run(main())
+    assert charges(admin) in (["only"], [])
+
+
+def test_request_in_steps_is_refused_in_an_open_transaction(connect: Connect) -> None:
+    with connect() as connection:
+        connection.execute("SELECT")
+        with pytest.raises(TransactionError, match="has a transaction open"):
+            KEYS.answer_in_steps(connection, "k", two_steps(), fingerprint=FIRST)
 
 
 def test_two_steps_of_one_name_are_refused(connect: Connect) -> None:

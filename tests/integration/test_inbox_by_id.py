@@ -74,10 +74,13 @@ class Handler:
 
 
 def test_a_block_gives_what_accept_gives(connection: Connection) -> None:
-    with INBOX.once(connection, FIRST) as is_first, INBOX.once(connection, FIRST) as is_first_again:
+    with (
+        connection.transaction(),
+        INBOX.once(connection, FIRST) as is_first,
+        INBOX.once(connection, FIRST) as is_first_again,
+    ):
         assert (is_first, is_first_again) == (True, False)
-    connection.commit()
-    with INBOX.once(connection, FIRST) as is_first:
+    with connection.transaction(), INBOX.once(connection, FIRST) as is_first:
         assert not is_first
 
 
@@ -91,16 +94,13 @@ def test_a_block_that_fails_leaves_nothing_and_the_transaction_goes_on(connectio
     assert [INBOX.accept(connection, message) for message in (FIRST, SECOND)] == [True, False]
 
 
-def test_a_block_at_the_beginning_of_a_transaction_does_not_commit_it(connection: Connection) -> None:
-    with INBOX.once(connection, FIRST):
-        pass
-    connection.rollback()
-    assert INBOX.accept(connection, FIRST)
-
-
-def test_a_block_outside_of_a_transaction_is_refused(connection: Connection) -> None:
-    connection.autocommit = True
-    with pytest.raises(NoTransaction), INBOX.once(connection, FIRST):
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_a_block_outside_of_a_transaction_is_refused_for_it_would_not_commit(
+    connection: Connection,
+    autocommit: bool,  # noqa: FBT001 -- a parameter of the test
+) -> None:
+    connection.autocommit = autocommit
+    with pytest.raises(NoTransaction, match=r"with connection\.transaction"), INBOX.once(connection, FIRST):
         pass
 
 
@@ -118,6 +118,18 @@ def test_later_deliveries_get_the_result_of_the_first(connection: Connection, re
 def test_a_message_that_was_accepted_without_a_result_has_none(connection: Connection) -> None:
     INBOX.accept(connection, FIRST)
     assert INBOX.process(connection, FIRST, Handler("never")) is None
+
+
+def test_a_handler_whose_error_is_caught_leaves_nothing_in_a_transaction_that_goes_on(connection: Connection) -> None:
+    def fail(inner: Connection, _message: Message) -> None:
+        Inbox("shipping").accept(inner, SECOND)
+        raise HandlerFailed
+
+    with pytest.raises(HandlerFailed):
+        INBOX.process(connection, FIRST, fail)
+    Inbox("storage").accept(connection, FIRST)
+    connection.commit()
+    assert recorded(connection) == ["storage"]
 
 
 def test_a_twin_waits_for_the_result(connect: Connect, admin: Connection) -> None:
@@ -222,6 +234,10 @@ def test_asyncio_does_the_same(inbox_database: Database, consumer_login: str, ad
     async def consume() -> list[object]:
         dsn = make_conninfo(inbox_database.dsn, user=consumer_login)
         async with await psycopg.AsyncConnection.connect(dsn) as connection:
+            with pytest.raises(NoTransaction):
+                async with INBOX.once_async(connection, FIRST):
+                    pass
+            await connection.execute("SELECT")
             with pytest.raises(HandlerFailed):
                 async with INBOX.once_async(connection, FIRST):
                     raise HandlerFailed

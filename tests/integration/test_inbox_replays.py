@@ -143,7 +143,7 @@ def test_a_block_of_an_applied_replay_that_fails_leaves_no_record(connection: Co
     inbox = Inbox("billing", replays="apply")
 
     def fail() -> None:
-        with inbox.once(connection, again(FIRST)):
+        with connection.transaction(), inbox.once(connection, again(FIRST)):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

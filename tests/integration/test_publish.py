@@ -207,6 +207,31 @@ def test_one_record_that_is_too_large_is_found_guilty_and_nothing_of_its_key_ove
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize(
+    "batching",
+    [
+        {},
+        {"batch_size": 2_000_000},
+        {"batch_num_messages": 500},
+        {"linger_ms": 20_000},
+        {"retries": 1, "compression_type": "none"},
+    ],
+    ids=str,
+)
+def test_nothing_of_a_key_overtakes_a_refused_record_however_the_settings_allow_to_make_batches(
+    kafka: Kafka, topic: CreateTopic, make_publisher: Callable[..., Publisher], batching: dict[str, int]
+) -> None:
+    name = topic("orders", config={"max.message.bytes": "2000"})
+    payloads = [incompressible(3000 if number == 0 else 100, seed=number) for number in range(500)]
+    publisher = make_publisher(kafka.bootstrap_servers, **batching)
+
+    outcomes = send(publisher, [record(name, "k", value=payload) for payload in payloads])
+
+    assert None not in outcomes
+    assert values(written(kafka.bootstrap_servers, name)) == []
+
+
+@pytest.mark.kafka
 def test_a_record_beyond_the_clients_own_limit_stops_its_key_only(
     kafka: Kafka, topic: CreateTopic, make_publisher: Callable[..., Publisher]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,25 @@ def test_numbers_count_within_one_source_topic_partition_type_and_key(
 ) -> None:
     INBOX.accept(connection, a_message(9))
     assert INBOX.accept(connection, replace(a_message(1), **other))  # type: ignore[arg-type]  # one of several by name
+
+
+def test_keys_and_types_may_be_long_and_need_not_compress(connection: Connection) -> None:
+    draw = random.Random(4711)  # noqa: S311 -- text that can be drawn again
+    key, aggregate_type, source = ("".join(chr(draw.randrange(0x4E00, 0x9FFF)) for _ in range(3000)) for _ in range(3))
+    messages = [
+        replace(a_message(number), key=key + end, aggregate_type=aggregate_type, source=source)
+        for number, end in ((1, "a"), (2, "a"), (1, "b"))
+    ]
+    assert INBOX.accept_many(connection, messages) == Batch(messages, [], [])
+    assert INBOX.accept_many(connection, messages) == Batch([], messages[1:], messages[:1])
+
+
+def test_where_type_ends_and_key_begins_tells_keys_apart(connection: Connection) -> None:
+    messages = [
+        replace(a_message(1), aggregate_type=aggregate_type, key=key)
+        for aggregate_type, key in (("ab", "c"), ("a", "bc"), ('a","b', "c"), ("a", 'b","c'), ("", "abc"))
+    ]
+    assert INBOX.accept_many(connection, messages).fresh == messages
 
 
 def test_an_unordered_message_is_known_by_its_id_and_moves_no_mark(connection: Connection) -> None:

@@ -253,3 +253,22 @@ def test_asynchronous_work_is_repeated_as_a_whole(database: Database, notes: Con
 
     assert asyncio.run(main()) == ["run 2", "run 3", "run 4"]
     assert texts(notes) == ["run 2", "run 3", "run 4"]
+
+
+def test_in_a_pipeline_of_the_caller_it_is_committed_when_the_result_is_given(
+    database: Database, notes: Connection[TupleRow]
+) -> None:
+    with database.connect() as connection, connection.pipeline():
+        assert transact(connection, write) == "written"
+        assert texts(notes) == ["written"]
+
+
+def test_in_a_pipeline_of_the_caller_a_refusal_at_commit_is_raised(
+    database: Database, notes: Connection[TupleRow]
+) -> None:
+    notes.execute("INSERT INTO note VALUES ('written')")
+    with database.connect() as connection, connection.pipeline():
+        with pytest.raises(errors.UniqueViolation):
+            transact(connection, write)
+        assert transact(connection, lambda inner: write(inner, "after")) == "after"
+    assert texts(notes) == ["after", "written"]

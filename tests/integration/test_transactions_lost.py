@@ -159,25 +159,30 @@ def first_and_then(
     return lambda: waiting.pop() if waiting else connect()
 
 
-class VanishingCursor(psycopg.Cursor[tuple[object, ...]]):
-    """Cuts the client off once its transaction is verified, unnoticed by the server: COMMIT goes nowhere."""
+def vanish_once_verified(vanishing: Connection[TupleRow], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the client off once its transaction is verified, unnoticed by the server: COMMIT goes nowhere."""
+    fetchone = psycopg.Cursor.fetchone
 
-    def fetchone(self) -> tuple[object, ...] | None:
-        row = super().fetchone()
-        if [column.name for column in self.description or ()][:1] == ["mark"]:
-            os.dup(self.connection.fileno())  # keeps the server's end open
+    def fetch_and_vanish(cursor: psycopg.Cursor[TupleRow]) -> TupleRow | None:
+        row = fetchone(cursor)
+        if cursor.connection is vanishing and [column.name for column in cursor.description or ()][:1] == ["mark"]:
+            os.dup(vanishing.fileno())  # keeps the server's end open
             ours, theirs = socket.socketpair()
-            os.dup2(ours.fileno(), self.connection.fileno())
+            os.dup2(ours.fileno(), vanishing.fileno())
             ours.close()
             theirs.close()
         return row
+
+    monkeypatch.setattr(psycopg.Cursor, "fetchone", fetch_and_vanish)
 
 
 def test_session_that_waits_for_a_lost_commit_is_ended_and_the_work_repeated(
     database: Database,
     proxy: TcpProxy,  # noqa: ARG001 -- made the table
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vanishing = psycopg.connect(database.dsn, cursor_factory=VanishingCursor)
+    vanishing = database.connect()
+    vanish_once_verified(vanishing, monkeypatch)
     process_id = vanishing.info.backend_pid
     assert transact(first_and_then(vanishing, database.connect), counted_work()) == "run 2"
     with database.connect() as connection:

@@ -235,16 +235,16 @@ def test_nothing_is_inserted_if_the_block_raises(shop: Shop, connection: Connect
 
 
 def test_a_deferred_block_in_an_open_transaction_is_a_savepoint_of_it(shop: Shop, connection: Connection) -> None:
-    connection.execute(ORDER)
-    with OUTBOX.transaction(connection) as outer:
-        outer.write(placed("outer"))
-        with OUTBOX.transaction(connection) as inner:
-            inner.write(placed("inner"))
-        with suppress(ZeroDivisionError), OUTBOX.transaction(connection) as failed:
-            failed.write(placed("failed"))
-            raise ZeroDivisionError
-    assert shop.keys() == []
-    connection.commit()
+    with connection.transaction():
+        connection.execute(ORDER)
+        with OUTBOX.transaction(connection) as outer:
+            outer.write(placed("outer"))
+            with OUTBOX.transaction(connection) as inner:
+                inner.write(placed("inner"))
+            with suppress(ZeroDivisionError), OUTBOX.transaction(connection) as failed:
+                failed.write(placed("failed"))
+                raise ZeroDivisionError
+        assert shop.keys() == []
     assert shop.keys() == ["inner", "outer"]
 
 

@@ -100,11 +100,11 @@ def test_librdkafka_properties_of_all_sources_are_merged_under_their_own_names(
     (tmp_path / "password").write_text(SECRET)
     monkeypatch.setenv("OUTBOX_RELAY_KAFKA__SASL_PASSWORD_FILE", str(tmp_path / "password"))
 
-    given = load(config_file=toml(tmp_path, '[kafka]\n"linger.ms" = 7\nbatch.size = 8\n')).settings.kafka
+    given = load(config_file=toml(tmp_path, '[kafka]\n"linger.ms" = 7000\nbatch.size = 2000000\n')).settings.kafka
 
     assert given == {
-        "linger.ms": 7,
-        "batch.size": 8,
+        "linger.ms": 7000,
+        "batch.size": 2_000_000,
         "sasl.password": SECRET,
         "bootstrap.servers": "kafka:9092",
         "log_level": "3",
@@ -128,8 +128,20 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         ({"LANES": "0"}, ["OUTBOX_RELAY_LANES: 0 is less than 1: raise it to 1 or more"]),
         ({"BATCH_SIZE": "0"}, ["OUTBOX_RELAY_BATCH_SIZE: 0 is less than 1: raise it to 1 or more"]),
         ({"BATCH_BYTES": "1"}, ["OUTBOX_RELAY_BATCH_BYTES: 1 is less than 1024: raise it to 1024 or more"]),
+        (
+            {"BATCH_BYTES": "2GiB"},
+            ["OUTBOX_RELAY_BATCH_BYTES: 2GiB is more than 1073741824: lower it to 1073741824 or less"],
+        ),
         ({"BATCH_BYTES": "8Mx"}, ["OUTBOX_RELAY_BATCH_BYTES: '8Mx': could not interpret byte unit: Mx"]),
-        ({"LOCK_TIMEOUT": "0"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 0 is not more than 0.0: raise it"]),
+        ({"LOCK_TIMEOUT": "0"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 0 is less than 0.001: raise it to 0.001 or more"]),
+        (
+            {"LOCK_TIMEOUT": "0.0004"},
+            ["OUTBOX_RELAY_LOCK_TIMEOUT: 0.0004 is less than 0.001: raise it to 0.001 or more"],
+        ),
+        (
+            {"ORDERING_TIMEOUT": "3e6"},
+            ["OUTBOX_RELAY_ORDERING_TIMEOUT: 3e6 is more than 2147483.0: lower it to 2147483.0 or less"],
+        ),
         ({"LOCK_TIMEOUT": "inf"}, ["OUTBOX_RELAY_LOCK_TIMEOUT: 'inf': input should be a finite number"]),
         ({"ON_POISON": "skp"}, ["OUTBOX_RELAY_ON_POISON: 'skp' is none of 'park' or 'skip'"]),
         ({"SCHEMA": 'a"; drop'}, ["OUTBOX_RELAY_SCHEMA: 'a\"; drop' is no plain lower-case identifier"]),
@@ -151,6 +163,14 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
                     " sleep:SECONDS"
                 )
             ],
+        ),
+        (
+            {"SOURCE": "a\udcff"},
+            ["OUTBOX_RELAY_SOURCE: holds a NUL character, or bytes that are not UTF-8: remove them"],
+        ),
+        (
+            {"DATABASE_URL": f"host={SECRET}\udcff"},
+            ["OUTBOX_RELAY_DATABASE_URL: holds a NUL character, or bytes that are not UTF-8: remove them"],
         ),
         ({"LANEZ": "2"}, ["OUTBOX_RELAY_LANEZ: unknown setting; did you mean OUTBOX_RELAY_LANES?"]),
         ({"QQQ": SECRET}, ["OUTBOX_RELAY_QQQ: unknown setting"]),
@@ -196,7 +216,12 @@ def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_ignored(mo
         ),
         (
             {"KAFKA": "{"},
-            ["OUTBOX_RELAY_KAFKA: not JSON: set single properties instead, e.g. OUTBOX_RELAY_KAFKA__LINGER_MS=5"],
+            [
+                (
+                    "OUTBOX_RELAY_KAFKA: not JSON: set single properties instead, "
+                    "e.g. OUTBOX_RELAY_KAFKA__COMPRESSION_TYPE=zstd"
+                )
+            ],
         ),
         ({"KAFKA": "5"}, ["OUTBOX_RELAY_KAFKA: not a table of librdkafka properties"]),
         (
@@ -282,7 +307,7 @@ def test_a_certificate_and_its_key_go_together(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_message_timeout_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(monkeypatch, {"KAFKA__MESSAGE_TIMEOUT_MS": "long"}) == [
-        "OUTBOX_RELAY_KAFKA__MESSAGE_TIMEOUT_MS: not a number of milliseconds: write a number such as 25000"
+        "OUTBOX_RELAY_KAFKA__MESSAGE_TIMEOUT_MS: not a whole number: write digits alone, without a unit"
     ]
 
 
@@ -292,6 +317,7 @@ def test_a_message_timeout_that_is_no_number_is_refused(monkeypatch: pytest.Monk
         ("lanez = 2", "OUTBOX_RELAY_LANEZ: unknown setting; did you mean OUTBOX_RELAY_LANES?"),
         ("schema_name = 'a'", "OUTBOX_RELAY_SCHEMA_NAME: unknown setting; did you mean OUTBOX_RELAY_SCHEMA?"),
         ("[kafka]\n'linger.ms' = [5]", "OUTBOX_RELAY_KAFKA__LINGER_MS: not a string, a number or a boolean"),
+        ('source = "a\\u0000"', "OUTBOX_RELAY_SOURCE: holds a NUL character, or bytes that are not UTF-8: remove them"),
         ("lanes = ", "{path} is no TOML: Invalid value (at end of document)"),
     ],
 )
@@ -325,7 +351,7 @@ def test_settings_do_not_print_secrets() -> None:
 def test_secrets_are_the_url_its_passwords_and_those_of_kafka() -> None:
     url = "postgresql://u:p%40ss@h/d?sslpassword=key"
     settings = Settings.model_validate(
-        {"database_url": url, "kafka": {"sasl.password": SECRET, "sasl.username": "u", "linger.ms": 5}}
+        {"database_url": url, "kafka": {"sasl.password": SECRET, "sasl.username": "u", "linger.ms": 5000}}
     )
 
     assert settings.secrets() == {url, "p@ss", "key", SECRET}

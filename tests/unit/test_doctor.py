@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import click
 import pytest
 
+from outbox_relay.cli.doctor import report
 from outbox_relay.kafka_admin import Cluster, Topic
 from outbox_relay.operate.doctor import kafka, messages, postgres
 from outbox_relay.operate.doctor.check import Check, duration
@@ -514,3 +516,19 @@ def test_the_way_in_is_named(config: dict[str, kafka.ProducerSetting], finding: 
 )
 def test_a_duration_is_told_in_the_largest_unit_that_fits_twice(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_what_fails_is_told_first_and_one_finding_of_many_topics_a_few_times() -> None:
+    alone = [Check(f"copies of t{number}", "WARN", "1: lost with its broker", f"# t{number}") for number in range(600)]
+    fine = [Check(f"topic t{number}", "OK", "partitions: 6") for number in range(600)]
+    missing = Check("topic t600", "FAIL", "does not exist", "kafka-topics.sh")
+
+    assert [click.unstyle(line) for line in report([*alone, *fine, missing], shows_all=False)] == [
+        *("FAIL  topic t600: does not exist", "      kafka-topics.sh"),
+        *("WARN  copies of t0: 1: lost with its broker", "      # t0"),
+        *("WARN  copies of t1: 1: lost with its broker", "      # t1"),
+        *("WARN  copies of t2: 1: lost with its broker", "      # t2"),
+        "WARN  the same of 597 more; --all shows them",
+        "600 checks are OK; --all shows them",
+    ]
+    assert len(report([*alone, *fine, missing], shows_all=True)) == 2 * 600 + 600 + 2 + 1
