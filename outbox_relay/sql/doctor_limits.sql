@@ -1,6 +1,3 @@
--- For one transaction of the doctor: it neither waits for long nor makes others queue behind it, and reads definitions
--- as they are compared with ours. Row level security would hide what it asks for: PostgreSQL refuses to answer instead.
+-- For one transaction of the doctor: it neither waits for long nor makes others queue behind it.
 SET LOCAL lock_timeout = '2s';
-SET LOCAL statement_timeout = '10s';
-SET LOCAL quote_all_identifiers = off;
-SET LOCAL row_security = off
+SET LOCAL statement_timeout = '10s'
