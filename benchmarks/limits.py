@@ -13,8 +13,7 @@ from benchmarks.bench import KEYS, Bench, say
 from benchmarks.lane import SCHEMA, claim, reach, read
 from benchmarks.topic import temporary_topic
 from outbox_relay.config import Settings
-from outbox_relay.database import begin
-from outbox_relay.relay.claim import ClaimOptions, begin_settings
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.marks import Marks
 from outbox_relay.relay.message import Addressing, prepare
 from outbox_relay.relay.read import Limits
@@ -117,6 +116,6 @@ def _mark_seconds(dsn: str, *, count: int) -> float:
             marks = Marks(dict.fromkeys(range(SHARDS), 0))
             for shard in range(SHARDS):
                 marks.pass_nothing(shard, through=through)
-            begin(connection, begin_settings(ClaimOptions(schema=SCHEMA)))
+            connection.execute(begin_statement(ClaimOptions(schema=SCHEMA)))
             record_marks(connection, marks, schema=SCHEMA)
         return time.monotonic() - started

@@ -8,7 +8,6 @@ Every error this project raises on purpose.
     |   +-- DatabaseUnavailable
     |   +-- DatabaseConflict    a lock, a deadlock or a time-out rolled the transaction back
     |   |   +-- AnswerTooLarge  the server cannot make the answer; asking for less is the remedy
-    |   |       +-- TextNotUtf8  likewise, because a text in the answer is no UTF-8
     |   +-- KafkaUnavailable
     +-- MigrationError          a migration could not be applied
     +-- OperationRefused        what an operator asked for would break a promise, or names what is not there
@@ -53,10 +52,6 @@ class DatabaseConflict(DependencyUnavailable):
 
 class AnswerTooLarge(DatabaseConflict):
     """The server cannot make an answer as large as what was asked for; asking for less is the remedy."""
-
-
-class TextNotUtf8(AnswerTooLarge):
-    """The database, whose encoding is not UTF8, cannot send a text as UTF-8; asking for others is the remedy."""
 
 
 class KafkaUnavailable(DependencyUnavailable):

@@ -15,7 +15,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.sql import SQL, Composed, Identifier
 
 import outbox_relay
-from outbox_relay.database import own_settings, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import ConfigurationError, MigrationError
 
 if TYPE_CHECKING:
@@ -134,7 +134,6 @@ def status(conn: Connection, *, schema: str, line: str = "outbox") -> list[Migra
         for migration in migrations(line)
     }
     with _errors_of(f"migrations in schema {schema!r} could not be read"), conn.transaction():
-        conn.execute(own_settings(conn))
         applied = _applied(conn, schema=schema, line=line)
     for number, name, applied_at in applied:
         states[number] = MigrationState(number, name, "applied" if number in states else "unknown", applied_at)
@@ -195,7 +194,6 @@ def _exclusive_transaction(conn: Connection) -> Iterator[None]:
     if conn.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
         raise MigrationError("migrations need a connection without an open transaction: commit or roll back first")
     with conn.transaction():
-        conn.execute(own_settings(conn))
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('outbox_relay_migration', 0))")
         yield
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from psycopg import ClientCursor, DataError
 from psycopg.errors import CheckViolation, LockNotAvailable
 
-from outbox_relay.database import transaction
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import DatabaseConflict, InvalidMessage, OperationRefused
 from outbox_relay.sql import statement
 from outbox_relay.writer.message import Message
@@ -315,7 +315,7 @@ class ParkedMessages:
     @contextmanager
     def _begun(self) -> Iterator[None]:
         """Open a transaction with settings of its own."""
-        with transaction(self._connection):
+        with translated_errors(), self._connection.transaction():
             self._set("parked_begin", self._timeouts)
             yield
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import ClientCursor
 
-from outbox_relay.database import begin, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import KafkaUnavailable, OperationRefused
 from outbox_relay.relay.failures import Scope, Unpublishable
 from outbox_relay.relay.message import Message
@@ -372,7 +372,7 @@ class _Outbox:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with translated_errors():
-            begin(self._connection, _begin_settings(self._options))
+            self._connection.execute(_begin_statement(self._options))
             yield
             self._connection.commit()
 
@@ -386,7 +386,7 @@ class _Outbox:
 
 
 @lru_cache
-def _begin_settings(options: ReplayOptions) -> bytes:
+def _begin_statement(options: ReplayOptions) -> bytes:
     return statement("replay_begin", schema=options.schema) % {
         b"lock_timeout_ms": round(options.lock_timeout * 1000),
         b"statement_timeout_ms": round(options.statement_timeout * 1000),

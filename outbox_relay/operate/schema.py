@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from outbox_relay.database import transaction
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import SchemaMismatch
 from outbox_relay.operate import migrate
 from outbox_relay.relay.horizon import check_tables
@@ -49,7 +49,7 @@ def _check_catalog(conn: Connection, *, schema: str) -> None:
 
 
 def _rows(conn: Connection, name: str, *, schema: str) -> list[TupleRow]:
-    with transaction(conn):
+    with translated_errors(), conn.transaction():
         return conn.execute(statement(name, schema=schema), {"schema": schema}).fetchall()
 
 

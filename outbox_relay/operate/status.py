@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
-from outbox_relay.database import begin, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.relay.horizon import OpenTransaction, among, describe, list_writers, observe
-from outbox_relay.relay.survey import SurveyOptions, begin_settings, read_backlog
+from outbox_relay.relay.survey import SurveyOptions, begin_statement, read_backlog
 from outbox_relay.sql import statement
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def read_status(connection: Connection, *, schema: str) -> Status:
 def _look_closer(connection: Connection, *, options: SurveyOptions) -> tuple[list[TupleRow], dict[str, int]]:
     """Return the rows of `status_shards.sql`, and how many messages wait for which reason."""
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         shards = connection.execute(statement("status_shards", schema=options.schema)).fetchall()
         count = statement("status_reasons", schema=options.schema)
         reasons: dict[str, int] = dict(connection.execute(count, {"most": options.messages}).fetchall())

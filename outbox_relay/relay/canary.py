@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import ClientCursor
 
-from outbox_relay.database import begin, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import ConfigurationError, SchemaMismatch
 from outbox_relay.relay.session import repeat_until_stopped
 from outbox_relay.sql import statement
@@ -77,9 +77,9 @@ def write_canary(connection: Connection, *, options: CanaryOptions) -> int | Non
         DatabaseConflict: A lock or a time-out rolled it back.
         SchemaMismatch: This role may not write messages any more, or a trigger has dropped this one.
     """
-    settings = statement("canary_begin", schema=options.schema) % {b"timeout_ms": round(options.timeout * 1000)}
+    begin = statement("canary_begin", schema=options.schema) % {b"timeout_ms": round(options.timeout * 1000)}
     with translated_errors():
-        begin(connection, settings)
+        connection.execute(begin)
         [(is_alone,)] = connection.execute(statement("canary_lock", schema=options.schema)).fetchall()
         if not is_alone or _is_under_way(connection, schema=options.schema):
             connection.rollback()

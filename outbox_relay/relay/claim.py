@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox_relay.database import begin, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.relay.marks import Marks
 from outbox_relay.sql import numbers, statement
 
@@ -75,8 +75,8 @@ class Claim:
 
 
 @lru_cache
-def begin_settings(options: ClaimOptions) -> bytes:
-    """Return the settings of a lane's transaction."""
+def begin_statement(options: ClaimOptions) -> bytes:
+    """Return the statements that begin a lane's transaction and set what it needs."""
     return statement("begin_lane", schema=options.schema) % {
         b"lock_timeout_ms": round(options.lock_timeout * 1000),
         b"statement_timeout_ms": round(options.statement_timeout * 1000),
@@ -121,7 +121,7 @@ def claim_shards(
     with translated_errors():
         # In one message and not in a pipeline, which the driver ends with a Flush: PostgreSQL counts no idle time after
         # that, and the transaction of a frozen relay would never be ended.
-        began_at = _last_value(begin(connection, begin_settings(options)))
+        began_at = _last_value(connection.execute(begin_statement(options)))
         found = connection.execute(statement("claim_shards", schema=options.schema), parameters, prepare=True)
         shards = [ShardWork(*row) for row in found.fetchall()]
         claim = _read_marks(connection, shards, began_at=began_at, schema=options.schema, reached=reached)

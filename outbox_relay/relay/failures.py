@@ -27,12 +27,6 @@ class TooLarge(Unpublishable):
     code = "MSG_SIZE_TOO_LARGE"
 
 
-class NotUtf8(Unpublishable):
-    """The message has text that is no UTF-8, which every client and consumer expects."""
-
-    code = "NOT_UTF8"
-
-
 def quoted(text: str) -> str:
     """Give *text* of a message as an operator reads it: in quotes, on one line, and not without end."""
     return f'"{repr(text[:_MOST_QUOTED])[1:-1][:_MOST_QUOTED]}"'

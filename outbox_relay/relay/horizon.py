@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox_relay.database import transaction, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import SchemaMismatch
 from outbox_relay.sql import statement
 
@@ -205,7 +205,8 @@ def check_tables(connection: Connection, *, schema: str) -> None:
         DatabaseConflict: Somebody has locked a table, or waits to lock it.
         DatabaseUnavailable: The connection broke.
     """
-    with transaction(connection, b"SET LOCAL lock_timeout = '500ms'"):
+    with translated_errors(), connection.transaction():
+        connection.execute("SET LOCAL lock_timeout = '500ms'")
         for name in ("list_defects", "list_disagreements"):  # the second reads tables, which the first finds readable
             problems = connection.execute(statement(name, schema=schema), {"schema": schema}).fetchall()
             if problems:
@@ -295,5 +296,6 @@ def record_unordered(connection: Connection, *, schema: str, xids: Collection[in
     past messages that are not visible yet, and nobody would ever look for them.
     """
     wanted = {"xids": [str(xid) for xid in xids]}
-    with transaction(connection, b"SET LOCAL synchronous_commit = on"):
+    with translated_errors(), connection.transaction():
+        connection.execute("SET LOCAL synchronous_commit = on")
         connection.execute(statement("record_unordered", schema=schema), wanted)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from psycopg import ClientCursor
 
-from outbox_relay.database import begin, translated_errors
-from outbox_relay.relay.claim import ClaimOptions, begin_settings
+from outbox_relay.database import translated_errors
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.session import repeat_until_stopped
 from outbox_relay.sql import statement
 
@@ -35,7 +35,7 @@ def collect_late(connection: Connection, *, options: ClaimOptions) -> int | None
         DatabaseConflict: A lock or a time-out rolled it back.
     """
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         collect = statement("collect_late", schema=options.schema)
         rows = ClientCursor(connection).execute(collect, {"numbers": _NUMBERS}).fetchall()
     return int(rows[0][0]) if rows else None

@@ -12,7 +12,6 @@ from outbox_relay.relay.failures import (
     TOPIC_HELD,
     WITHDRAWN,
     Failure,
-    NotUtf8,
     Scope,
     TooLarge,
     Unpublishable,
@@ -43,8 +42,8 @@ class Message(NamedTuple):
 
     `payload` is the text of the jsonb column, never parsed again. `headers` is the text of a JSON object.
     `stored_bytes` is what payload and headers take, in the table or as text; a message that takes more than
-    `readable_bytes` comes without them, and one whose text is no UTF-8 comes without them and with 0.
-    `is_behind_parked` and `is_behind_waiting` say that an earlier message of its key is in outbox_pending.
+    `readable_bytes` comes without them. `is_behind_parked` and `is_behind_waiting` say that an earlier message of its
+    key is in outbox_pending.
     """
 
     sequence_no: int
@@ -137,11 +136,6 @@ class Addressing:
         Raises:
             Unpublishable: A header, the size or the time stamp is none that Kafka accepts.
         """
-        if message.headers is None and not message.stored_bytes:
-            raise NotUtf8(
-                "text of the message is no UTF-8, which a database with another encoding took: have the application"
-                " write UTF-8, and skip this one"
-            )
         if message.headers is None:
             raise TooLarge(
                 f"the message takes {message.stored_bytes:,} bytes, or more once its numbers are written out: shrink it"

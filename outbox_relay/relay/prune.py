@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from psycopg import ClientCursor
 
-from outbox_relay.database import begin, translated_errors
+from outbox_relay.database import translated_errors
 from outbox_relay.errors import ConfigurationError
 from outbox_relay.relay.reconcile import ReconcileOptions, reconcile_through
 from outbox_relay.relay.session import repeat_until_stopped
@@ -166,7 +166,7 @@ def prune_batch(
 def count_batch(connection: Connection, *, options: PruneOptions, after: Mapping[int, int], before: int) -> PrunedBatch:
     """Count what `prune_batch` would remove, without waiting for anybody."""
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         ranges = _look(connection, options=options, after=after, before=BEHIND_ALL)
         parameters = {
             "shards": numbers(each.shard for each in ranges),
@@ -234,7 +234,7 @@ def first_kept_number(connection: Connection, *, options: PruneOptions) -> int:
 def prune_unordered(connection: Connection, *, options: PruneOptions) -> int:
     """Remove the records of writers that were given up on of which no message is left; return how many."""
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         query = statement("prune_unordered", schema=options.schema)
         [(removed,)] = connection.execute(query, {"most": _MOST_RECORDS}).fetchall()
         connection.commit()
@@ -316,8 +316,8 @@ class Pruner:
 
 
 @lru_cache
-def begin_settings(options: PruneOptions) -> bytes:
-    """Return the settings of a transaction of pruning."""
+def begin_statement(options: PruneOptions) -> bytes:
+    """Return the statements that begin a transaction of pruning and set what it needs."""
     return statement("prune_begin", schema=options.schema) % {
         b"lock_timeout_ms": round(options.lock_timeout * 1000),
         b"statement_timeout_ms": round(options.statement_timeout * 1000),
@@ -390,7 +390,7 @@ def _reconcile(
 
 def _begin_alone(connection: Connection, *, options: PruneOptions) -> bool:
     """Begin a transaction, unless somebody else prunes."""
-    begin(connection, begin_settings(options))
+    connection.execute(begin_statement(options))
     [(is_alone,)] = connection.execute(statement("prune_lock", schema=options.schema)).fetchall()
     if not is_alone:
         connection.rollback()

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from outbox_relay.database import translated_errors
-from outbox_relay.errors import AnswerTooLarge, TextNotUtf8
+from outbox_relay.errors import AnswerTooLarge
 from outbox_relay.relay.message import Message
 from outbox_relay.relay.shards import SHARDS
 from outbox_relay.sql import numbers, statement
@@ -94,7 +94,7 @@ def fewer(limits: Limits, *, is_too_large: bool) -> Limits:
 
     If a few are still too large to be answered with, ask for the first of each shard without its contents. PostgreSQL
     makes no text of a gigabyte, and a hundred kilobytes of jsonb may have one: the read that meets such a message
-    fails. So does one that meets text which is no UTF-8. It has to be found, so that all others pass.
+    fails. It has to be found, so that all others pass.
     """
     messages = limits.messages // _SHRINKING
     if messages >= limits.shards:
@@ -186,27 +186,24 @@ def _without_gone(batch: Batch) -> Batch:
 
 def _too_large(connection: Connection, batch: Batch, *, schema: str) -> Batch:
     """
-    Keep of each shard in *batch* only the first message, and only if PostgreSQL cannot write it out, or not in UTF-8.
+    Keep of each shard in *batch* only the first message, and only if PostgreSQL cannot write it out.
 
     The message that broke the last read may have been published by another lane or parked since, or stands behind
     harmless ones. These are tested, so that none is parked by mistake.
     """
     firsts = {message.shard: message for message in reversed(batch.messages)}
-    tested = [_tested(connection, each, schema=schema) for each in firsts.values()]
-    return replace(batch, messages=sorted(filter(None, tested), key=_SEQUENCE_NO), is_cut=True)
+    kept = [each for each in firsts.values() if _is_too_large(connection, each, schema=schema)]
+    return replace(batch, messages=sorted(kept, key=_SEQUENCE_NO), is_cut=True)
 
 
-def _tested(connection: Connection, message: Message, *, schema: str) -> Message | None:
-    """Return *message* if it cannot be written out, with 0 `stored_bytes` if that is because it is no UTF-8."""
+def _is_too_large(connection: Connection, message: Message, *, schema: str) -> bool:
     wanted = {"shard": message.shard, "sequence_no": message.sequence_no}
     try:
         with translated_errors(), connection.transaction():
             connection.execute(statement("read_text", schema=schema), wanted)
-    except TextNotUtf8:
-        return message._replace(stored_bytes=0)
     except AnswerTooLarge:
-        return message
-    return None
+        return True
+    return False
 
 
 def _cut(batch: Batch, *, readable_bytes: int) -> Batch:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from psycopg import ClientCursor
 
-from outbox_relay.database import begin, roll_back, translated_errors
+from outbox_relay.database import roll_back, translated_errors
 from outbox_relay.errors import DatabaseConflict, OutboxRelayError
 from outbox_relay.relay.session import repeat_until_stopped
 from outbox_relay.relay.shards import SHARDS
@@ -227,7 +227,7 @@ def compare_batch(
         SchemaMismatch: There is no outbox, or this role may not read its messages and marks.
     """
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         stretches = _look(connection, options=options, stage=ALL, after=after, through=through)
         damaged = _damaged(connection, stretches, is_thorough=is_thorough, schema=options.schema)
         connection.commit()
@@ -243,7 +243,7 @@ def advance_batch(
     A shard with damage stays where it is: it is looked at again once it is repaired.
     """
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         positions = _positions(connection, schema=options.schema)
         if not positions.is_alone:
             connection.rollback()
@@ -281,7 +281,7 @@ def repair(connection: Connection, interval: Interval, *, options: ReconcileOpti
 def restart(connection: Connection, *, options: ReconcileOptions) -> None:
     """Have all marks that are kept compared once more, by whichever process reconciles next."""
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         ClientCursor(connection).execute(statement("reconcile_restart", schema=options.schema))
 
 
@@ -399,8 +399,8 @@ class Reconciler:
 
 
 @lru_cache
-def begin_settings(options: ReconcileOptions) -> bytes:
-    """Return the settings of a transaction of reconciling."""
+def begin_statement(options: ReconcileOptions) -> bytes:
+    """Return the statements that begin a transaction of reconciling and set what it needs."""
     return statement("reconcile_begin", schema=options.schema) % {
         b"lock_timeout_ms": round(options.lock_timeout * 1000),
         b"statement_timeout_ms": round(options.statement_timeout * 1000),
@@ -491,7 +491,7 @@ def _repair_part(
         "most": options.repaired_messages,
     }
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         cursor = ClientCursor(connection).execute(statement("reconcile_repair", schema=options.schema), parameters)
         cursor.nextset()  # the first one is the lock's
         rows = cursor.fetchall()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from outbox_relay.database import begin, roll_back, translated_errors
+from outbox_relay.database import roll_back, translated_errors
 from outbox_relay.errors import DatabaseConflict
 from outbox_relay.relay.session import repeat_until_stopped
 from outbox_relay.sql import statement
@@ -139,7 +139,7 @@ def read_backlog(connection: Connection, *, options: SurveyOptions) -> Backlog:
         SchemaMismatch: There is no outbox, or this role may not read it.
     """
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         count = statement("backlog", schema=options.schema)
         [counts] = connection.execute(count, {"most": options.messages}).fetchall()
         heads = connection.execute(statement("backlog_heads", schema=options.schema)).fetchall()
@@ -150,7 +150,7 @@ def read_backlog(connection: Connection, *, options: SurveyOptions) -> Backlog:
 def read_upkeep(connection: Connection, *, options: SurveyOptions) -> Upkeep:
     """Look at tables and transactions, as `read_backlog` does; no table is read."""
     with translated_errors():
-        begin(connection, begin_settings(options))
+        connection.execute(begin_statement(options))
         [ages] = connection.execute(statement("survey_transactions", schema=options.schema)).fetchall()
         tables = connection.execute(statement("survey_tables", schema=options.schema)).fetchall()
         ahead = _partitions_ahead(connection, schema=options.schema)
@@ -226,8 +226,8 @@ class Surveyor:
 
 
 @lru_cache
-def begin_settings(options: SurveyOptions) -> bytes:
-    """Return the settings of a transaction of looking."""
+def begin_statement(options: SurveyOptions) -> bytes:
+    """Return the statements that begin a transaction of looking and set what it needs."""
     return statement("survey_begin", schema=options.schema) % {
         b"lock_timeout_ms": round(options.lock_timeout * 1000),
         b"statement_timeout_ms": round(options.statement_timeout * 1000),

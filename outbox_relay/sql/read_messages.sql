@@ -10,10 +10,6 @@
 -- is made. So a shard returns at most one message that grows to over 16 kB and eight times its stored size, and only as
 -- its first. Later ones come without contents and wait for the next read. OFFSET 0 keeps the text from being made
 -- twice.
---
--- Where the contents of every message are withheld, its names come with all but ASCII escaped if the database has
--- another encoding than UTF8, for they may be what cannot be sent as UTF-8. The casts keep the types of the answer, and
--- with them what is prepared, when somebody changes the type of a column.
 WITH late AS MATERIALIZED (
     SELECT transaction_id, from_no, to_no
     FROM {schema}.outbox_unordered
@@ -24,21 +20,9 @@ SELECT
     message.sequence_no,
     held.shard,
     message.message_id::text,
-    CASE
-        WHEN %(readable_bytes)s = 0 AND getdatabaseencoding() <> 'UTF8'
-            THEN encode(convert_to(message.aggregate_type, 'SQL_ASCII'), 'escape')
-        ELSE message.aggregate_type::text
-    END AS aggregate_type,
-    CASE
-        WHEN %(readable_bytes)s = 0 AND getdatabaseencoding() <> 'UTF8'
-            THEN encode(convert_to(message.aggregate_id, 'SQL_ASCII'), 'escape')
-        ELSE message.aggregate_id::text
-    END AS aggregate_id,
-    CASE
-        WHEN %(readable_bytes)s = 0 AND getdatabaseencoding() <> 'UTF8'
-            THEN encode(convert_to(message.event_type, 'SQL_ASCII'), 'escape')
-        ELSE message.event_type::text
-    END AS event_type,
+    message.aggregate_type,
+    message.aggregate_id,
+    message.event_type,
     CASE WHEN contents.are_given THEN message.payload_text END AS payload,
     CASE WHEN contents.are_given THEN message.payload_bytes END AS payload_bytes,
     CASE WHEN contents.are_given THEN message.headers_text END AS headers,

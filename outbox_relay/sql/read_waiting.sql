@@ -3,8 +3,6 @@
 -- claim_shards.sql. A pending row whose message somebody has deleted comes with nothing but its number, and an empty
 -- id.
 --
--- Names are escaped, and cast, as in read_messages.sql.
---
 -- A message that waits behind a parked one of its key comes too, and says so: the caller parks it, and does not meet it
 -- again.
 WITH RECURSIVE kind (shard, type_hash) AS (
@@ -58,21 +56,9 @@ SELECT
     message.sequence_no,
     message.shard,
     coalesce(message.message_id::text, '') AS message_id,
-    CASE
-        WHEN %(readable_bytes)s = 0 AND getdatabaseencoding() <> 'UTF8'
-            THEN encode(convert_to(message.aggregate_type, 'SQL_ASCII'), 'escape')
-        ELSE message.aggregate_type::text
-    END AS aggregate_type,
-    CASE
-        WHEN %(readable_bytes)s = 0 AND getdatabaseencoding() <> 'UTF8'
-            THEN encode(convert_to(message.aggregate_id, 'SQL_ASCII'), 'escape')
-        ELSE message.aggregate_id::text
-    END AS aggregate_id,
-    CASE
-        WHEN %(readable_bytes)s = 0 AND getdatabaseencoding() <> 'UTF8'
-            THEN encode(convert_to(message.event_type, 'SQL_ASCII'), 'escape')
-        ELSE message.event_type::text
-    END AS event_type,
+    message.aggregate_type,
+    message.aggregate_id,
+    message.event_type,
     CASE WHEN contents.are_given THEN message.payload_text END AS payload,
     CASE WHEN contents.are_given THEN message.payload_bytes END AS payload_bytes,
     CASE WHEN contents.are_given THEN message.headers_text END AS headers,

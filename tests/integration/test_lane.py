@@ -858,33 +858,3 @@ def test_troubles_of_all_kinds_lose_nothing_overtake_nothing_and_leave_true_mark
     assert set(kafka.acknowledged) == numbers
     check_order(kafka)
     check_marks(shop)
-
-
-RAW_INSERT = b"INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload, headers) VALUES (%s)"
-NO_UTF8 = {
-    "payload": b"""'order', 'guilty', 'placed', '{"name": "M\xfcller"}', '{}'""",
-    "headers": b"""'order', 'guilty', 'placed', '{}', '{"name": "M\xfcller"}'""",
-    "key": b"""'order', 'M\xfcller', 'placed', '{}', '{}'""",
-    "event type": b"""'order', 'guilty', 'ge\xe4ndert', '{}', '{}'""",
-}
-
-
-@pytest.mark.every_postgres
-@pytest.mark.parametrize("waits", [False, True], ids=["new", "waiting"])
-@pytest.mark.parametrize("row", NO_UTF8.values(), ids=NO_UTF8)
-def test_text_that_is_no_utf8_is_parked_alone_with_the_reason(
-    ascii_database: Database, row: bytes, *, waits: bool
-) -> None:
-    with ascii_database.connect(autocommit=True, client_encoding="UTF8") as shop:
-        insert(shop, *["clé"] * 20)
-        with ascii_database.connect(autocommit=True) as stranger:
-            stranger.execute(RAW_INSERT % row)
-        insert(shop, *["clé"] * 20)
-        if waits:
-            set_aside(shop, *range(1, 42), state="waiting")
-            mark(shop)
-        with running(ascii_database, kafka := Kafka()):
-            await_states(shop, published=40, parked=1)
-        reasons = shop.execute("SELECT sequence_no, reason_code FROM outbox_pending").fetchall()
-    assert reasons == [(21, "NOT_UTF8")]
-    assert Counter(kafka.acknowledged) == Counter({*range(1, 42)} - {21})

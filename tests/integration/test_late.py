@@ -11,10 +11,9 @@ from psycopg import ClientCursor
 from psycopg.conninfo import make_conninfo
 
 from outbox_relay import database as relay_database
-from outbox_relay.database import begin
 from outbox_relay.errors import DatabaseUnavailable
 from outbox_relay.relay import late
-from outbox_relay.relay.claim import ClaimOptions, begin_settings
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.horizon import record_unordered
 from outbox_relay.relay.late import collect_late
 from outbox_relay.sql import statement
@@ -102,7 +101,7 @@ def test_a_writer_that_is_still_open_is_left_alone(database: Database, collector
 def test_looking_for_late_messages_in_vain_takes_no_transaction_id(database: Database, collector: Connection) -> None:
     with given_up(database) as writer:
         insert(writer, "1")
-        begin(collector, begin_settings(OPTIONS))
+        collector.execute(begin_statement(OPTIONS))
         look = statement("collect_late", schema="public").removesuffix(b"COMMIT")
         assert ClientCursor(collector).execute(look, {"numbers": 10}).fetchall() == []
         assert collector.execute("SELECT pg_current_xact_id_if_assigned()").fetchall() == [(None,)]

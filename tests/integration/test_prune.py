@@ -14,7 +14,6 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from outbox_relay import database as relay_database
-from outbox_relay.database import begin
 from outbox_relay.errors import DatabaseConflict, DatabaseUnavailable, SchemaMismatch
 from outbox_relay.operate.prune import Pruned, count_prunable, prune
 from outbox_relay.relay import prune as stage
@@ -308,7 +307,7 @@ def test_an_old_snapshot_makes_no_batch_dearer(database: Database, admin: Connec
 def explained(pruner: Connection, name: str, parameters: dict[str, object]) -> dict[str, object]:
     """Run a statement as a batch does, and give its plan with what it read."""
     query = statement(name, schema="public").removesuffix(b";\nCOMMIT")
-    begin(pruner, stage.begin_settings(OPTIONS))
+    pruner.execute(stage.begin_statement(OPTIONS))
     explain = b"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + query
     rows = psycopg.ClientCursor(pruner).execute(explain, parameters | {"older_than_seconds": 7 * DAY}).fetchall()
     pruner.rollback()
@@ -426,7 +425,7 @@ def test_a_lock_of_somebody_else_is_waited_for_no_longer_than_agreed(
 @both_layouts
 def test_writers_do_not_wait_for_a_batch(database: Database, admin: Connection, pruner: Connection) -> None:
     publish(admin, 5, days_ago=8)
-    begin(pruner, stage.begin_settings(OPTIONS))
+    pruner.execute(stage.begin_statement(OPTIONS))
     pruner.execute("DELETE FROM outbox WHERE sequence_no <= 5")
     with database.connect() as writer:
         writer.execute("SET lock_timeout = 100")

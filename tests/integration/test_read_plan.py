@@ -9,8 +9,7 @@ import pytest
 from psycopg import ClientCursor
 
 from outbox_relay import database as relay_database
-from outbox_relay.database import begin
-from outbox_relay.relay.claim import ClaimOptions, begin_settings
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.shards import SHARDS
 from outbox_relay.sql import numbers, statement
 from tests.fixtures.postgres import create_database, drop_database
@@ -152,7 +151,7 @@ def explained(lane: Connection, name: str, **parameters: object) -> Plan:
     names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
     for position, parameter in enumerate(names, start=1):
         text = text.replace(f"%({parameter})s", f"${position}")
-    begin(lane, begin_settings(ClaimOptions()))
+    lane.execute(begin_statement(ClaimOptions()))
     lane.execute(f"PREPARE explained AS {text}".replace("%%", "%").encode())
     given = f"({', '.join(['%s'] * len(names))})" if names else ""
     explain = f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) EXECUTE explained {given}"

@@ -16,7 +16,6 @@ from psycopg import ClientCursor
 from psycopg.conninfo import make_conninfo
 
 from outbox_relay import database as relay_database
-from outbox_relay.database import begin
 from outbox_relay.errors import DatabaseConflict, DatabaseUnavailable, SchemaMismatch
 from outbox_relay.relay import reconcile as stage
 from outbox_relay.relay.reconcile import (
@@ -570,7 +569,7 @@ def test_what_was_thinned_or_pruned_since_it_was_looked_at_is_looked_at_again(
         mark(admin, age_seconds=OLD)
     write_at(admin, gap)
     [interval] = [each for batch in compare_all(relay) for each in batch.damaged]
-    begin(relay, stage.begin_settings(OPTIONS))
+    relay.execute(stage.begin_statement(OPTIONS))
     move(relay, "reconcile_thin", shard=interval.shard, through=marks(admin)[2][0])
     assert list(repair(relay, interval, options=OPTIONS)) == []
     assert [each.messages for each in repair_all(relay)] == [1]
@@ -694,7 +693,7 @@ def test_of_all_processes_one_moves_the_positions_on(database: Database, admin: 
     write(admin, "1")
     mark(admin, age_seconds=OLD)
     with relay_database.connect(database.relay_dsn, application_name="another") as other:
-        begin(other, stage.begin_settings(OPTIONS))
+        other.execute(stage.begin_statement(OPTIONS))
         other.execute(statement("reconcile_positions", schema="public"))
         assert advance_batch(relay, options=OPTIONS, stage=CHECK) is None
         assert compare_batch(relay, options=OPTIONS, after=FROM_THE_BEGINNING).messages == 1  # that moves nothing
@@ -774,7 +773,7 @@ def test_rows_are_counted_from_the_primary_key_alone(admin: Connection, relay: C
     )
     mark(admin, through=count // 2)
     mark(admin)
-    begin(relay, stage.begin_settings(OPTIONS))
+    relay.execute(stage.begin_statement(OPTIONS))
     explained = partial(_explain, relay)
     plan = explained(
         "reconcile_look",
@@ -976,7 +975,7 @@ def test_a_truncation_waits_for_a_look_and_deadlocks_with_none(database: Databas
         closing(relay_database.connect(database.relay_dsn, application_name="reconciler")) as relay,
         ThreadPoolExecutor(1) as threads,
     ):
-        begin(relay, stage.begin_settings(OPTIONS))
+        relay.execute(stage.begin_statement(OPTIONS))
         truncation = threads.submit(admin.execute, "TRUNCATE outbox")
         waiting = "SELECT FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
         with database.connect(autocommit=True) as observer:

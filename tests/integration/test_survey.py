@@ -14,7 +14,6 @@ import psycopg
 import pytest
 
 from outbox_relay import database as relay_database
-from outbox_relay.database import begin
 from outbox_relay.errors import DatabaseConflict, DatabaseUnavailable, SchemaMismatch
 from outbox_relay.relay.horizon import record_unordered
 from outbox_relay.relay.survey import (
@@ -24,7 +23,7 @@ from outbox_relay.relay.survey import (
     Surveyor,
     Table,
     Upkeep,
-    begin_settings,
+    begin_statement,
     read_backlog,
     read_upkeep,
 )
@@ -344,7 +343,7 @@ def test_the_longest_transaction_is_unknown_to_a_role_that_may_not_see_those_of_
 
 
 def test_a_survey_holds_no_snapshot_between_its_statements(admin: Connection, surveyor: Connection) -> None:
-    begin(surveyor, begin_settings(OPTIONS))
+    surveyor.execute(begin_statement(OPTIONS))
     surveyor.execute(statement("survey_transactions", schema="public"))
     xids = admin.execute(
         "SELECT backend_xid, backend_xmin FROM pg_stat_activity WHERE pid = %s", [surveyor.info.backend_pid]
@@ -371,7 +370,7 @@ def explained(connection: Connection) -> list[dict[str, object]]:
     """The plans of all statements of a survey, with what they really did."""
     plans = []
     for name in LOOKS:
-        begin(connection, begin_settings(OPTIONS))
+        connection.execute(begin_statement(OPTIONS))
         explain = b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement(name, schema="public")
         [([plan],)] = connection.execute(explain, {"most": OPTIONS.messages}).fetchall()
         connection.rollback()

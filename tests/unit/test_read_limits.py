@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from outbox_relay.relay.claim import ClaimOptions, begin_settings
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.read import Batch, Limits, fewer, next_limits
 from tests.fixtures.outbox import message
 
@@ -102,7 +102,7 @@ def test_there_may_be_more_when_one_shard_could_have_reached_its_part(
 
 def test_time_outs_are_given_to_the_server_in_milliseconds() -> None:
     options = ClaimOptions(lock_timeout=0.25, statement_timeout=1.5, transaction_timeout=30.0)
-    settings = begin_settings(options).decode()
+    settings = begin_statement(options).decode()
     assert re.findall(r"(\w+_timeout) = (\d+)", settings) == [
         ("lock_timeout", "250"),
         ("statement_timeout", "1500"),
@@ -112,5 +112,5 @@ def test_time_outs_are_given_to_the_server_in_milliseconds() -> None:
 
 
 def test_marks_survive_a_crash_of_the_server_when_asked_to() -> None:
-    assert b"synchronous_commit = on" in begin_settings(ClaimOptions(synchronous_commit=True))
-    assert b"synchronous_commit = off" in begin_settings(ClaimOptions())
+    assert b"synchronous_commit = on" in begin_statement(ClaimOptions(synchronous_commit=True))
+    assert b"synchronous_commit = off" in begin_statement(ClaimOptions())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,13 +11,13 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import class_row
 
 from outbox_relay import kafka_admin
-from outbox_relay.database import begin, connect, roll_back, transaction, translated_errors
+from outbox_relay.database import connect, roll_back, translated_errors
 from outbox_relay.errors import ConfigurationError, DatabaseUnavailable, KafkaUnavailable, OutboxRelayError
 from outbox_relay.operate import migrate
 from outbox_relay.operate.doctor import kafka, messages, postgres
 from outbox_relay.operate.doctor.check import Check
 from outbox_relay.operate.status import read_status
-from outbox_relay.relay.claim import ClaimOptions, begin_settings
+from outbox_relay.relay.claim import ClaimOptions, begin_statement
 from outbox_relay.relay.failures import Unpublishable
 from outbox_relay.relay.horizon import OpenTransaction
 from outbox_relay.relay.read import Limits
@@ -26,7 +26,6 @@ from outbox_relay.sql import numbers, statement
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
-    from contextlib import AbstractContextManager
 
     from psycopg import Connection
     from psycopg.rows import TupleRow
@@ -240,7 +239,7 @@ class _Questions:
         }
         explain = b"EXPLAIN (FORMAT JSON) " + statement("read_messages", schema=self._schema)
         with translated_errors():
-            begin(self._connection, begin_settings(ClaimOptions(schema=self._schema)))
+            self._connection.execute(begin_statement(ClaimOptions(schema=self._schema)))
             [([explained],)] = self._connection.execute(explain, parameters).fetchall()
         roll_back(self._connection)
         plan: Mapping[str, object] = explained["Plan"]
@@ -254,8 +253,11 @@ class _Questions:
         with self._transaction():
             return self._connection.execute(statement(name, schema=self._schema), parameters).fetchall()
 
-    def _transaction(self) -> AbstractContextManager[None]:
-        return transaction(self._connection, statement("doctor_limits", schema=None))
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with translated_errors(), self._connection.transaction():
+            self._connection.execute(statement("doctor_limits", schema=None))
+            yield
 
 
 def _topics(addressing: Addressing, aggregate_types: Iterable[str]) -> Generator[Check, None, set[str]]:
