@@ -106,7 +106,7 @@ def test_going_over_and_back_under_load_loses_doubles_and_reorders_nothing(
             GUIDE.run("Cut over", database=database)
             load.await_more(100)
             eventually(is_finished, timeout=120)
-        with pipeline.relays(1, kafka__partitioner="consistent_random"):
+        with pipeline.relays(1, kafka__partitioner="consistent"):
             load.await_more(100)
             GUIDE.run("Back to the poller", database=database)
             load.await_more(100)
